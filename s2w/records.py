@@ -1,0 +1,106 @@
+"""What flows between the parts: prompts, rollouts, teacher signals, step reports.
+
+Records pass through the controller, so they hold token ids, a few scalars a token and references;
+tensors stay in Ray's object store and are fetched only by the learner rank that trains on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from ray import ObjectRef
+
+Mode = Literal["think", "no_think"]
+SignalKind = Literal["hidden", "topk", "ids", "sampled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt in one mode, rendered and tokenised once; nothing downstream re-tokenises it."""
+
+    uid: str
+    """Unique and stable over runs: ``task/split/index``."""
+    messages: tuple[dict[str, str], ...]
+    """Chat messages, as given to the chat template."""
+    token_ids: np.ndarray
+    """int32 [prompt_len], chat template applied."""
+    mode: Mode
+    seed: int
+    """Seed of sample 0; sample i uses ``seed + i``."""
+    task: str = ""
+    """Name of the task whose verifier scores the answer; empty when there is none."""
+    answer: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Whatever the task's verifier needs beside the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Response tokens ``start`` (inclusive) to ``stop`` (exclusive) were written by ``version``."""
+
+    start: int
+    stop: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One response of the student."""
+
+    prompt: Prompt
+    sample: int
+    token_ids: np.ndarray
+    """int32 [n], the response, end-of-sequence token included when it was sampled."""
+    log_probs: np.ndarray
+    """float32 [n], log-prob of each token under the policy that sampled it, in nats."""
+    versions: tuple[VersionSpan, ...]
+    finish_reason: str
+    """vLLM's own: ``stop`` or ``length``."""
+    engine: int
+    started: float
+    finished: float
+    """Wall-clock seconds (``time.time``) at which the engine took and finished the request."""
+    candidates: ObjectRef | None = None
+    """int32 [n, k]: the student's own top-k ids at each position (signal ``ids`` only)."""
+
+    @property
+    def uid(self) -> str:
+        return f"{self.prompt.uid}#{self.sample}"
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        """int32 [prompt_len + n]."""
+        return np.concatenate([self.prompt.token_ids, self.token_ids])
+
+    @property
+    def oldest_version(self) -> int:
+        return min(span.version for span in self.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSignal:
+    """What a teacher said at each response position; ``payload`` refers to the arrays.
+
+    ``payload`` resolves to a dict of numpy arrays, see :mod:`s2w.teacher.signal`.
+    """
+
+    kind: SignalKind
+    rows: int
+    payload: ObjectRef
+    nbytes: int
+    teacher: int
+    """Index of the replica that scored it."""
+    started: float
+    finished: float
+    cached_tokens: int
+    """Prompt tokens that the teacher's prefix cache already held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A rollout with its teacher signal: what the learner trains on."""
+
+    rollout: Rollout
+    signal: TeacherSignal
