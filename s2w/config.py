@@ -1,0 +1,264 @@
+"""Every setting of s2w, as OmegaConf structured configs; ``s2w train --help`` prints this file's text.
+
+A setting is documented by the string under it. :mod:`s2w.validate` refuses impossible combinations
+before anything starts. ``dtype: auto`` is bfloat16 where the hardware multiplies it natively (CUDA, AMX,
+AVX512-BF16) and float32 elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class SignalKind(str, Enum):
+    """What the teacher says about each response token."""
+
+    hidden = "hidden"
+    """Last hidden row: exact full-vocabulary distribution, 2 bytes x width a token (bf16)."""
+    topk = "topk"
+    """The teacher's ``top_k`` most likely ids, exact log-probs and exact tail mass."""
+    ids = "ids"
+    """The teacher's log-probs at the student's own ``top_k`` ids, with the tail mass."""
+    sampled = "sampled"
+    """The teacher's log-prob of the sampled token: reverse KL by policy gradient."""
+
+
+class StudentInit(str, Enum):
+    """Where the student's first weights come from."""
+
+    checkpoint = "checkpoint"
+    """``student.model`` as it is (hub id or path)."""
+    pruned = "pruned"
+    """A copy of ``student.model`` that keeps ``student.keep_layers`` evenly spaced layers."""
+    fresh = "fresh"
+    """Random weights for the configuration of ``student.model``, changed by ``student.overrides``."""
+
+
+class Schedule(str, Enum):
+    """Learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher: vLLM engines that score and never sample."""
+
+    model: str = MISSING
+    """Hub id or path of the teacher's checkpoint."""
+    revision: str | None = None
+    """Hub revision; null is the default branch."""
+    dtype: str = "auto"
+    """auto, bfloat16, float16 or float32."""
+    replicas: int = 1
+    """Engines that share the scoring."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+    """Spread whole experts over the tensor-parallel ranks (MoE teachers)."""
+    max_model_len: int | None = None
+    """Longest prompt plus response; null takes data.max_prompt_tokens + rollout.max_tokens."""
+    max_batched_tokens: int = 2048
+    """Tokens of one prefill chunk."""
+    max_sequences: int = 64
+    """Requests that one engine scores at once."""
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = 1.0
+    """KV cache of an engine on CPU."""
+    enforce_eager: bool = False
+    """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
+    cpus: float = 0.5
+    """Ray CPUs that one engine reserves."""
+    threads: int | None = None
+    """CPU only: cores of an engine; null is all of the node's."""
+
+
+@dataclass
+class StudentConfig:
+    """The student's checkpoint and first weights."""
+
+    model: str = MISSING
+    """Hub id or path: the checkpoint (or, for init=fresh, the config and tokenizer) to start from."""
+    revision: str | None = None
+    init: StudentInit = StudentInit.checkpoint
+    keep_layers: int | None = None
+    """init=pruned: layers kept, evenly spaced, the first and the last among them."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """init=fresh: fields of the model's configuration to change, as {num_hidden_layers: 4}."""
+
+
+@dataclass
+class RolloutConfig:
+    """The pool of vLLM engines that run the student."""
+
+    engines: int = 1
+    tensor_parallel: int = 1
+    max_tokens: int = 1024
+    """Longest response."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 keeps every token."""
+    dtype: str = "auto"
+    max_sequences: int = 64
+    """Requests that one engine runs at once."""
+    max_batched_tokens: int | None = None
+    """Tokens of one prefill chunk; null is vLLM's default (on CPU: whole prompts, never split)."""
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = 1.0
+    """KV cache of an engine on CPU."""
+    enforce_eager: bool = False
+    cpus: float = 0.5
+    """Ray CPUs that one engine reserves."""
+    threads: int | None = None
+    """CPU only: cores of an engine; null is all of the node's."""
+
+
+@dataclass
+class LearnerConfig:
+    """The DeepSpeed ranks that update the student."""
+
+    ranks: int = 1
+    zero_stage: int = 2
+    """0 to 3; 3 shards the weights too."""
+    dtype: str = "auto"
+    """Of the weights that the products use; the optimizer's master copy is always float32."""
+    learning_rate: float = 1e-5
+    schedule: Schedule = Schedule.constant
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    """schedule=cosine: the last learning rate over the highest one."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """0 does not clip."""
+    tokens_per_micro_batch: int = 4096
+    """Prompt and response tokens, padding included, of one forward and backward pass of a rank."""
+    activation_checkpointing: bool = False
+    attention: str = "sdpa"
+    """transformers' attn_implementation: sdpa, eager or flash_attention_2."""
+    cpus: float = 0.5
+    """Ray CPUs that one rank reserves."""
+    gpus: float = 1.0
+    """Ray GPUs that one rank reserves on a GPU cluster."""
+    threads: int | None = None
+    """CPU only: threads of one rank; null shares the node's cores out among the ranks."""
+
+
+@dataclass
+class SignalConfig:
+    """What the teacher sends for each response token."""
+
+    kind: SignalKind = SignalKind.hidden
+    top_k: int = 64
+    """Ids a token, for topk and ids."""
+
+
+@dataclass
+class LossConfig:
+    """The divergence that the student minimises."""
+
+    divergence: str = "forward_kl"
+    """A name of s2w.learner.divergence: forward_kl, reverse_kl, jsd, ..."""
+    beta: float = 0.5
+    """jsd: weight of the teacher in the mixture (GKD, arXiv 2306.13649, eq. 1)."""
+    alpha: float = 0.1
+    """skew_forward_kl, skew_reverse_kl, alpha_divergence: their alpha."""
+    temperature: float = 1.0
+    """Divides the logits of both sides."""
+    temperature_squared: bool = True
+    """Multiply the loss by temperature^2, which keeps the gradient's size (Hinton et al. 2015, section 2)."""
+    chunk_rows: int = 1024
+    """Rows of the [rows, vocabulary] buffers: memory of the loss, not its value."""
+
+
+@dataclass
+class LoopConfig:
+    """The loop: generate, score, update, hot swap."""
+
+    steps: int = 100
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 1
+    max_staleness: int = 0
+    """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
+    written by the weights that learn from it. n: generation runs up to n batches ahead."""
+    eval_every: int = 0
+    """Held-out KL every so many steps, beside before and after; 0 is only before and after."""
+    checkpoint_every: int = 0
+    """A checkpoint every so many steps, beside the last; 0 is only the last."""
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class DataConfig:
+    """Prompts: procedural tasks or a file."""
+
+    tasks: list[str] = field(default_factory=list)
+    """reasoning-gym task names, mixed in equal parts."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
+    path: str | None = None
+    """Instead of tasks: a JSONL or Parquet file of prompts, with a column `messages` or `prompt`."""
+    heldout_path: str | None = None
+    """File of held-out prompts; null takes the last heldout_prompts of `path`."""
+    train_prompts: int = 1024
+    """Prompts generated for training (tasks only); more steps than they last start another epoch."""
+    heldout_prompts: int = 64
+    max_prompt_tokens: int = 1024
+    """A longer prompt is refused."""
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template."""
+
+
+@dataclass
+class ClusterConfig:
+    """The Ray cluster."""
+
+    address: str | None = None
+    """Ray address; null joins the cluster of `ray job submit` or starts one on this machine."""
+    device: str = "auto"
+    """cuda, cpu, or auto: cuda if the cluster has GPUs."""
+    start_timeout_s: int = 900
+    """How long actors may take to be placed and to load their models."""
+
+
+@dataclass
+class RunConfig:
+    """The run: where it writes, its seed, what it shows."""
+
+    dir: str = "runs/${run.name}"
+    name: str = "s2w"
+    seed: int = 0
+    resume: bool = False
+    """Continue the run in run.dir from its last checkpoint."""
+    deterministic: bool = False
+    """Same seed, same rollouts and losses; slower, and needs max_staleness=0."""
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "s2w"
+    probe_tolerance: float = 0.05
+    """Mean |log-prob difference|, in nats, between engine and learner after a swap that fails the run."""
+
+
+@dataclass
+class Config:
+    """The whole configuration."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    signal: SignalConfig = field(default_factory=SignalConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
