@@ -1,0 +1,41 @@
+"""What every Ray actor that runs a vLLM engine needs: its resources and its process environment."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from s2w.hardware import core_count
+
+CONCURRENT_CALLS = 10_000
+"""Calls that may wait inside one asyncio actor; vLLM's scheduler does the real queueing."""
+
+
+def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
+    """Ray options of an actor whose engine spans ``world`` workers (tensor x pipeline parallel).
+
+    The workers are child processes of the actor, so the actor reserves all of the engine's GPUs on one node.
+    """
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        # Idle OpenMP threads must sleep: engines and learner ranks share the cores.
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+    return {
+        "num_cpus": cpus,
+        "num_gpus": world if device == "cuda" else 0,
+        "max_concurrency": CONCURRENT_CALLS,
+        "runtime_env": {"env_vars": environment},
+    }
+
+
+def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: float) -> None:
+    """Sets what vLLM reads from the environment; call inside the actor, before vLLM is imported."""
+    if device != "cpu":
+        return
+    cores = sorted(os.sched_getaffinity(0))[: threads or core_count()]
+    # vLLM leaves a core to its front end by default; a list of cores a worker makes it use all of them.
+    share = max(1, len(cores) // world)
+    lists = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(world)]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in lists)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+    os.environ["OMP_NUM_THREADS"] = str(share)
