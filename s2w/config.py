@@ -68,7 +68,7 @@ class TeacherConfig:
     max_sequences: int = 64
     """Requests that one engine scores at once."""
     gpu_memory_utilization: float = 0.9
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: int = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
     """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
@@ -110,7 +110,7 @@ class RolloutConfig:
     max_batched_tokens: int | None = None
     """Tokens of one prefill chunk; null is vLLM's default (on CPU: whole prompts, never split)."""
     gpu_memory_utilization: float = 0.9
-    kv_cache_gib: float = 1.0
+    kv_cache_gib: int = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
     cpus: float = 0.5

@@ -28,7 +28,7 @@ def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
     }
 
 
-def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: float) -> None:
+def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: int) -> None:
     """Sets what vLLM reads from the environment; call inside the actor, before vLLM is imported."""
     if device != "cpu":
         return
