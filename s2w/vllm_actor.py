@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
+
+import ray
 
 from s2w.hardware import core_count
 
@@ -39,3 +42,26 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in lists)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
     os.environ["OMP_NUM_THREADS"] = str(share)
+
+
+async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -> list[Any]:
+    """Results of the start-up calls of all actors of a pool.
+
+    Raises:
+        RuntimeError: names the first actor that failed, or how many were not up in ``timeout_s`` seconds.
+    """
+    tasks = [asyncio.ensure_future(_as_future(call)) for call in calls]
+    done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    for index, task in enumerate(tasks):
+        if task in done and (error := task.exception()):
+            raise RuntimeError(f"{what} {index} did not start: {error}") from error
+    if waiting:
+        raise RuntimeError(
+            f"{len(waiting)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s: "
+            "give them more time (cluster.start_timeout_s) or look at the cluster's free resources (ray status)"
+        )
+    return [task.result() for task in tasks]
+
+
+async def _as_future(call: ray.ObjectRef) -> Any:
+    return await call

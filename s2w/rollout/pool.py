@@ -1,0 +1,71 @@
+"""The pool of rollout engines: dispatch by load, each sample handed on when it finishes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+
+from s2w.config import RolloutConfig
+from s2w.records import Prompt, Rollout
+from s2w.rollout.engine import RolloutEngine
+from s2w.vllm_actor import actor_options, first_error
+
+
+class RolloutPool:
+    """``config.engines`` actors, driven from the controller's event loop.
+
+    Args:
+        config: the pool's settings.
+        model, device, dtype, max_model_len, candidates, transfer: see :class:`RolloutEngine`.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model: str,
+        device: str,
+        dtype: str,
+        max_model_len: int,
+        candidates: int,
+        transfer: str,
+    ) -> None:
+        actor = ray.remote(RolloutEngine).options(**actor_options(device, config.cpus, config.tensor_parallel))
+        self.engines: list[Any] = [
+            actor.remote(config, index, model, device, dtype, max_model_len, candidates, transfer)
+            for index in range(config.engines)
+        ]
+        self._load = [0] * config.engines
+
+    async def start(self, version: int, timeout_s: float) -> None:
+        """Waits until every engine takes requests.
+
+        Raises:
+            RuntimeError: an engine could not be placed or could not load its model.
+        """
+        await first_error("rollout engine", [engine.start.remote(version) for engine in self.engines], timeout_s)
+
+    async def generate(self, prompt: Prompt, sample: int) -> Rollout:
+        """One response, from the engine with the least to do."""
+        index = min(range(len(self.engines)), key=self._load.__getitem__)
+        self._load[index] += 1
+        try:
+            return await self.engines[index].generate.remote(prompt, sample)
+        finally:
+            self._load[index] -= 1
+
+    async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
+        """The responses in the order of ``requests``, bit for bit the same in every run with the same weights."""
+        count = len(self.engines)
+        shares = await asyncio.gather(
+            *(engine.generate_batch.remote(requests[i::count]) for i, engine in enumerate(self.engines))
+        )
+        return [shares[i % count][i // count] for i in range(len(requests))]
+
+    async def shutdown(self) -> None:
+        """Ends the engines and their processes."""
+        await asyncio.gather(*(engine.shutdown.remote() for engine in self.engines), return_exceptions=True)
+        for engine in self.engines:
+            ray.kill(engine)
