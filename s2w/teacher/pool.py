@@ -1,0 +1,222 @@
+"""The pool of teacher engines: dispatch by load and by prefix, replacement of engines that die."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from s2w.config import SignalConfig, TeacherConfig
+from s2w.records import Rollout, TeacherSignal
+from s2w.teacher.engine import TeacherEngine, TeacherEngineDiedError
+from s2w.teacher.signal import SignalRequest
+from s2w.vllm_actor import actor_options, first_error
+
+REMEMBERED_PROMPTS = 100_000
+"""Prompts whose replica is remembered; older ones have left the prefix caches."""
+ATTEMPTS = 3
+"""Engines that may die under one rollout before it fails: it may be what kills them."""
+SHUTDOWN_S = 30
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Chooses a replica for each rollout.
+
+    The cost of a rollout at a replica is the tokens that wait there plus those it would compute: the response,
+    and the prompt where its prefix is not cached. So the samples of a prompt stay together until the queue
+    before them is longer than the prompt.
+    """
+
+    def __init__(self, replicas: int) -> None:
+        self._waiting = [0] * replicas
+        self._holders: OrderedDict[str, set[int]] = OrderedDict()
+
+    def assign(self, rollout: Rollout, alive: list[int]) -> tuple[int, int]:
+        """The replica, and the tokens to give back to :meth:`release` when it is done."""
+        holders = self._holders.setdefault(rollout.prompt.uid, set())
+        self._holders.move_to_end(rollout.prompt.uid)
+        if len(self._holders) > REMEMBERED_PROMPTS:
+            self._holders.popitem(last=False)
+        response, prompt = len(rollout.token_ids), len(rollout.prompt.token_ids)
+        costs = {i: response + (0 if i in holders else prompt) for i in alive}
+        replica = min(alive, key=lambda i: (self._waiting[i] + costs[i], i))
+        holders.add(replica)
+        self._waiting[replica] += costs[replica]
+        return replica, costs[replica]
+
+    def release(self, replica: int, tokens: int) -> None:
+        self._waiting[replica] -= tokens
+
+    def forget(self, replica: int) -> None:
+        """The replica's prefix cache is gone."""
+        for holders in self._holders.values():
+            holders.discard(replica)
+
+
+@dataclass
+class _Replica:
+    actor: Any
+    up: asyncio.Event
+    replacement: asyncio.Task[None] | None = None
+    error: Exception | None = None
+    """Why its last replacement did not start."""
+
+
+class TeacherPool:
+    """``config.replicas`` teacher engines, driven from the controller's event loop.
+
+    Args:
+        config: The pool's settings.
+        signal: What to ask for.
+        temperature: Of the loss; the engines apply it (signal kinds other than ``hidden``).
+        device, dtype, max_model_len: See :class:`TeacherEngine`.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        signal: SignalConfig,
+        temperature: float,
+        *,
+        device: str,
+        dtype: str,
+        max_model_len: int,
+    ) -> None:
+        self._config = config
+        self._request = SignalRequest(signal.kind.value, signal.top_k, temperature)
+        self._arguments = (device, dtype, max_model_len)
+        self._device = device
+        self._dispatcher = Dispatcher(config.replicas)
+        self._replicas = [_Replica(self._create(i), asyncio.Event()) for i in range(config.replicas)]
+        self._timeout_s = 0.0
+
+    async def start(self, timeout_s: float) -> dict[str, Any]:
+        """Waits until every engine has loaded the teacher; returns what :meth:`TeacherEngine.start` does.
+
+        Raises:
+            RuntimeError: if an engine cannot be placed or cannot load the teacher.
+        """
+        self._timeout_s = timeout_s
+        facts = await first_error("teacher", [replica.actor.start.remote() for replica in self._replicas], timeout_s)
+        for replica in self._replicas:
+            replica.up.set()
+        return facts[0]
+
+    async def score(self, rollout: Rollout) -> TeacherSignal:
+        """The teacher's signal for one rollout; on another replica, or its replacement, if an engine dies.
+
+        Raises:
+            ValueError, FloatingPointError: see :meth:`TeacherEngine.score`.
+            RuntimeError: if engines died and could not be replaced.
+        """
+        for _ in range(ATTEMPTS):
+            replica, tokens = self._dispatcher.assign(rollout, await self._alive())
+            try:
+                return await self._call(replica, "score", rollout, self._request)
+            except (RayActorError, TeacherEngineDiedError) as error:
+                self._replace(replica, error)
+            finally:
+                self._dispatcher.release(replica, tokens)
+        raise RuntimeError(f"{rollout.uid}: {ATTEMPTS} teacher engines died while they scored it")
+
+    async def score_batch(self, rollouts: list[Rollout]) -> list[TeacherSignal]:
+        """Signals in the order of ``rollouts``, bit for bit the same whenever it is called with the same ones.
+
+        The assignment depends on the batch alone, and each engine sees its share as a whole before it begins.
+        Nothing else may be scored meanwhile.
+        """
+        everyone = list(range(len(self._replicas)))
+        dispatcher = Dispatcher(len(everyone))
+        shares: list[list[int]] = [[] for _ in everyone]
+        for position, rollout in enumerate(rollouts):
+            shares[dispatcher.assign(rollout, everyone)[0]].append(position)
+        signals: dict[int, TeacherSignal] = {}
+
+        async def score_share(replica: int, share: list[int]) -> None:
+            results = await self._call(replica, "score_batch", [rollouts[i] for i in share], self._request)
+            signals.update(zip(share, results, strict=True))
+
+        async with asyncio.TaskGroup() as group:
+            for replica, share in enumerate(shares):
+                if share:
+                    group.create_task(score_share(replica, share))
+        return [signals[position] for position in range(len(rollouts))]
+
+    async def stats(self) -> list[dict[str, float]]:
+        """:meth:`TeacherEngine.stats` of the replicas that are up."""
+        up = [replica.actor.stats.remote() for replica in self._replicas if replica.up.is_set()]
+        return list(await asyncio.gather(*up))
+
+    async def shutdown(self) -> None:
+        """Ends the engines, their processes and their actors."""
+        replacements = [replica.replacement for replica in self._replicas if replica.replacement]
+        for task in replacements:
+            task.cancel()
+        await asyncio.gather(*replacements, return_exceptions=True)
+        await asyncio.gather(*(self._end(replica.actor) for replica in self._replicas))
+
+    def _create(self, index: int) -> Any:
+        config = self._config
+        world = config.tensor_parallel * config.pipeline_parallel
+        actor = ray.remote(TeacherEngine).options(**actor_options(self._device, config.cpus, world))
+        return actor.remote(config, index, *self._arguments)
+
+    async def _call(self, replica: int, method: str, *arguments: Any) -> Any:
+        """One call of a replica; cancelling it takes its requests out of the engine."""
+        call = getattr(self._replicas[replica].actor, method).remote(*arguments)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            ray.cancel(call)
+            raise
+
+    async def _alive(self) -> list[int]:
+        """Replicas that are up; waits for a replacement if none is."""
+        while not (alive := [i for i, replica in enumerate(self._replicas) if replica.up.is_set()]):
+            pending = [replica.replacement for replica in self._replicas if replica.replacement]
+            running = [task for task in pending if not task.done()]
+            if not running:
+                raise RuntimeError("no teacher engine is left") from self._replicas[0].error
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        return alive
+
+    def _replace(self, index: int, error: Exception) -> None:
+        """Starts a new actor in the place of a dead one, in the background."""
+        replica = self._replicas[index]
+        if not replica.up.is_set():
+            return  # another rollout has found it dead before
+        logger.warning("teacher %d died and is replaced: %s", index, error)
+        replica.up.clear()
+        self._dispatcher.forget(index)
+        replica.replacement = asyncio.create_task(self._restart(index))
+
+    async def _restart(self, index: int) -> None:
+        replica = self._replicas[index]
+        await self._end(replica.actor)
+        replica.actor = self._create(index)
+        try:
+            await first_error("teacher", [replica.actor.start.remote()], self._timeout_s)
+        except RuntimeError as error:
+            logger.error("teacher %d could not be replaced: %s", index, error)
+            replica.error = error
+        else:
+            replica.up.set()
+
+    async def _end(self, actor: Any) -> None:
+        """Ends an engine, dead or alive; the kill frees what a stuck one holds."""
+        try:
+            await asyncio.wait_for(_result(actor.shutdown.remote()), SHUTDOWN_S)
+        except Exception as error:
+            logger.debug("teacher did not shut down by itself: %s", error)
+        ray.kill(actor)
+
+
+async def _result(call: ray.ObjectRef) -> Any:
+    return await call

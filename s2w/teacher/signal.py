@@ -1,0 +1,140 @@
+"""The four kinds of teacher signal: what is asked for, what crosses the wire, what the learner decodes.
+
+Row i of a signal is the teacher's distribution over response token i, given the prompt and the response
+tokens before it: n rows for a response of n tokens. Its payload is a dict of numpy arrays:
+
+========  ==================================================================================  =============
+kind      arrays                                                                              bytes a row
+========  ==================================================================================  =============
+hidden    ``hidden`` [n, d] in the teacher's dtype (bfloat16 as an int16 view), ``dtype``     2 d (4 d fp32)
+topk      ``ids`` int32 [n, k], ``log_probs`` float32 [n, k], ``log_tail`` float32 [n]        8 k + 4
+ids       the same, at the student's ids, in the student's order                              8 k + 4
+sampled   ``log_probs`` float32 [n]                                                           4
+========  ==================================================================================  =============
+
+Log-probs are in nats, normalised over the whole vocabulary at the requested temperature, never renormalised
+over the ids that are sent and never clamped. ``log_tail`` is the log of the exact mass of all other ids, -inf
+where there is none. Hidden rows are taken after the final norm, before the head: no temperature in them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from s2w.records import SignalKind
+
+Payload = dict[str, Any]
+"""Numpy arrays by name; kind ``hidden`` adds the string ``dtype``."""
+
+_HIDDEN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class SignalRequest:
+    """What the learner wants to know about each response token."""
+
+    kind: SignalKind
+    top_k: int = 0
+    """Ids a row: kind ``topk`` only (``ids`` takes as many as the student sends)."""
+    temperature: float = 1.0
+    """The teacher's logits are divided by it (topk, ids and sampled)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SignalKind):
+            raise ValueError(f"unknown kind of teacher signal: {self.kind!r}")
+        if self.kind == "topk" and self.top_k < 1:
+            raise ValueError(f"kind topk needs top_k >= 1, not {self.top_k}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, not {self.temperature}")
+
+
+def bytes_per_row(kind: SignalKind, *, top_k: int = 0, hidden_size: int = 0, dtype: str = "bfloat16") -> int:
+    """Payload bytes of one response token; ``hidden_size`` and ``dtype`` matter for kind ``hidden`` only."""
+    match kind:
+        case "hidden":
+            return hidden_size * _HIDDEN_DTYPES[dtype].itemsize
+        case "topk" | "ids":
+            return 8 * top_k + 4
+        case "sampled":
+            return 4
+
+
+def encode(kind: SignalKind, rows: torch.Tensor, candidates: np.ndarray | None = None) -> Payload:
+    """Turns the pooler's CPU tensor (layout: :mod:`s2w.teacher.pooler`) into a payload.
+
+    Args:
+        kind: Kind of signal that ``rows`` holds.
+        rows: [n, width].
+        candidates: int32 [n, k], the ids that were asked for (kind ``ids`` only).
+    """
+    match kind:
+        case "hidden":
+            name = str(rows.dtype).removeprefix("torch.")
+            if name not in _HIDDEN_DTYPES:
+                raise ValueError(f"hidden rows in {name} have no wire form")
+            # numpy has no bfloat16.
+            array = rows.view(torch.int16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
+            return {"hidden": array, "dtype": name}
+        case "topk":
+            top_k = (rows.shape[1] - 1) // 2
+            values = rows[:, top_k:].view(torch.float32)
+            return {"ids": _contiguous(rows[:, :top_k])} | _log_probs(values)
+        case "ids":
+            assert candidates is not None
+            return {"ids": np.ascontiguousarray(candidates, np.int32)} | _log_probs(rows)
+        case "sampled":
+            return {"log_probs": rows[:, 0].numpy()}
+
+
+def decode(payload: Payload) -> dict[str, torch.Tensor]:
+    """Turns a payload into tensors that share its memory.
+
+    Arrays out of Ray's object store are read-only: do not write to the tensors. Shapes and dtypes are the
+    table's, hidden rows in their own dtype.
+    """
+    tensors = {}
+    for name, array in payload.items():
+        if name == "dtype":
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors[name] = torch.from_numpy(array)
+    if payload.get("dtype") == "bfloat16":
+        tensors["hidden"] = tensors["hidden"].view(torch.bfloat16)
+    return tensors
+
+
+def nbytes(payload: Payload) -> int:
+    """Bytes of the payload's arrays."""
+    return sum(array.nbytes for name, array in payload.items() if name != "dtype")
+
+
+def check_finite(payload: Payload, uid: str) -> None:
+    """Raises FloatingPointError, naming the rollout, at a NaN or an infinity that no distribution has.
+
+    ``log_tail`` may be -inf: the ids that were sent can hold all of the mass.
+    """
+    for name, tensor in decode(payload).items():
+        finite = torch.isfinite(tensor)
+        if name == "log_tail":
+            finite |= tensor == -torch.inf
+        if not finite.all():
+            bad = (~finite.view(len(finite), -1).all(-1)).nonzero()[:, 0].tolist()
+            raise FloatingPointError(
+                f"teacher signal of {uid}: {name} is not finite in {len(bad)} of {len(finite)} rows, first {bad[0]}"
+            )
+
+
+def _log_probs(values: torch.Tensor) -> Payload:
+    """float32 [n, k + 1], the tail last."""
+    return {"log_probs": _contiguous(values[:, :-1]), "log_tail": _contiguous(values[:, -1])}
+
+
+def _contiguous(tensor: torch.Tensor) -> np.ndarray:
+    """Ray shares contiguous arrays out of band and copies the others into the pickle."""
+    return tensor.contiguous().numpy()
