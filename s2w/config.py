@@ -58,7 +58,9 @@ class TeacherConfig:
     replicas: int = 1
     """Engines that share the scoring."""
     tensor_parallel: int = 1
+    """GPUs (CPU: worker processes) that share each layer."""
     pipeline_parallel: int = 1
+    """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
     expert_parallel: bool = False
     """Spread whole experts over the tensor-parallel ranks (MoE teachers)."""
     max_model_len: int | None = None
@@ -68,6 +70,7 @@ class TeacherConfig:
     max_sequences: int = 64
     """Requests that one engine scores at once."""
     gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that vLLM takes."""
     kv_cache_gib: int = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
@@ -85,7 +88,9 @@ class StudentConfig:
     model: str = MISSING
     """Hub id or path: the checkpoint (or, for init=fresh, the config and tokenizer) to start from."""
     revision: str | None = None
+    """Hub revision; null is the default branch."""
     init: StudentInit = StudentInit.checkpoint
+    """Where the first weights come from."""
     keep_layers: int | None = None
     """init=pruned: layers kept, evenly spaced, the first and the last among them."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -97,22 +102,29 @@ class RolloutConfig:
     """The pool of vLLM engines that run the student."""
 
     engines: int = 1
+    """Engines of the pool; a setting of its own, whatever the learner and the teacher have."""
     tensor_parallel: int = 1
+    """GPUs (CPU: worker processes) of one engine."""
     max_tokens: int = 1024
     """Longest response."""
     temperature: float = 1.0
+    """Of sampling; 0 is greedy."""
     top_p: float = 1.0
+    """Nucleus sampling; 1 keeps every token."""
     top_k: int = -1
     """-1 keeps every token."""
     dtype: str = "auto"
+    """auto, bfloat16, float16 or float32."""
     max_sequences: int = 64
     """Requests that one engine runs at once."""
     max_batched_tokens: int | None = None
     """Tokens of one prefill chunk; null is vLLM's default (on CPU: whole prompts, never split)."""
     gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that vLLM takes."""
     kv_cache_gib: int = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
+    """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
     cpus: float = 0.5
     """Ray CPUs that one engine reserves."""
     threads: int | None = None
@@ -124,24 +136,33 @@ class LearnerConfig:
     """The DeepSpeed ranks that update the student."""
 
     ranks: int = 1
+    """Processes of the learner group, a GPU each on a GPU cluster."""
     zero_stage: int = 2
     """0 to 3; 3 shards the weights too."""
     dtype: str = "auto"
     """Of the weights that the products use; the optimizer's master copy is always float32."""
     learning_rate: float = 1e-5
+    """The highest, reached after warm-up."""
     schedule: Schedule = Schedule.constant
+    """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step."""
     warmup_steps: int = 0
+    """Steps of linear warm-up."""
     min_lr_ratio: float = 0.0
     """schedule=cosine: the last learning rate over the highest one."""
     weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
     beta1: float = 0.9
+    """AdamW's decay of the first moment."""
     beta2: float = 0.95
+    """AdamW's decay of the second moment."""
     eps: float = 1e-8
+    """AdamW's term in the denominator."""
     max_grad_norm: float = 1.0
     """0 does not clip."""
     tokens_per_micro_batch: int = 4096
     """Prompt and response tokens, padding included, of one forward and backward pass of a rank."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more work."""
     attention: str = "sdpa"
     """transformers' attn_implementation: sdpa, eager or flash_attention_2."""
     cpus: float = 0.5
@@ -157,6 +178,7 @@ class SignalConfig:
     """What the teacher sends for each response token."""
 
     kind: SignalKind = SignalKind.hidden
+    """hidden, topk, ids or sampled."""
     top_k: int = 64
     """Ids a token, for topk and ids."""
 
@@ -184,8 +206,11 @@ class LoopConfig:
     """The loop: generate, score, update, hot swap."""
 
     steps: int = 100
+    """Updates of the student."""
     prompts_per_step: int = 64
+    """Prompts of a batch."""
     samples_per_prompt: int = 1
+    """Responses to each of them."""
     max_staleness: int = 0
     """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
     written by the weights that learn from it. n: generation runs up to n batches ahead."""
@@ -194,6 +219,7 @@ class LoopConfig:
     checkpoint_every: int = 0
     """A checkpoint every so many steps, beside the last; 0 is only the last."""
     keep_checkpoints: int = 2
+    """The last ones that stay on disk."""
 
 
 @dataclass
@@ -211,9 +237,11 @@ class DataConfig:
     train_prompts: int = 1024
     """Prompts generated for training (tasks only); more steps than they last start another epoch."""
     heldout_prompts: int = 64
+    """Prompts of the held-out evaluation, one response each."""
     max_prompt_tokens: int = 1024
     """A longer prompt is refused."""
     system_prompt: str | None = None
+    """Put before messages that have no system turn."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Passed to the chat template."""
 
@@ -234,18 +262,25 @@ class ClusterConfig:
 class RunConfig:
     """The run: where it writes, its seed, what it shows."""
 
-    dir: str = "runs/${run.name}"
+    dir: str = "runs/${run.name}-${now:%Y%m%d-%H%M%S}"
+    """The run directory."""
     name: str = "s2w"
+    """The run's name, in the directory and in W&B."""
     seed: int = 0
+    """Of data order, sampling and fresh weights."""
     resume: bool = False
     """Continue the run in run.dir from its last checkpoint."""
     deterministic: bool = False
     """Same seed, same rollouts and losses; slower, and needs max_staleness=0."""
     tensorboard: bool = True
+    """Write tensorboard/ in the run directory."""
     wandb: bool = False
+    """Log to Weights & Biases too (pip install 's2w[wandb]')."""
     wandb_project: str = "s2w"
-    probe_tolerance: float = 0.05
-    """Mean |log-prob difference|, in nats, between engine and learner after a swap that fails the run."""
+    """The W&B project."""
+    probe_tolerance: float | None = None
+    """Mean |log-prob difference| between engine and learner, in nats, above which a swap fails the run; null is
+    0.001 where both run in float32 and 0.05 otherwise."""
 
 
 @dataclass

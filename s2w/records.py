@@ -104,3 +104,54 @@ class Scored:
 
     rollout: Rollout
     signal: TeacherSignal
+
+
+@dataclass(frozen=True, slots=True)
+class Heldout:
+    """Held-out KL of one policy version: fresh rollouts on held-out prompts, averaged over response tokens."""
+
+    version: int
+    forward_kl: float
+    """KL(teacher || student), nats a token."""
+    reverse_kl: float
+    """KL(student || teacher), nats a token."""
+    tokens: int
+    response_length: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of the loop, as ``metrics.jsonl`` holds it. KL and entropies are in nats a response token."""
+
+    step: int
+    """Updates done, this one included; also the policy version that the update published."""
+    loss: float
+    """The objective: the divergence, times temperature^2 where that is set."""
+    divergence: float
+    student_entropy: float
+    teacher_entropy: float
+    agreement: float
+    """Share of positions where both have the same most likely token."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    prompts: int
+    response_tokens: int
+    response_length: float
+    finish: dict[str, float]
+    """Share of responses by finish reason."""
+    staleness_mean: float
+    """Versions between writing and learning, mean over response tokens."""
+    staleness_max: int
+    tokens_per_second: dict[str, float]
+    """generate: response tokens; score: prompt and response tokens that the teacher computed; learn: prompt and
+    response tokens. Each over the seconds in which that stage was at work."""
+    busy: dict[str, float]
+    """Share of the step's wall time in which generate, score, learn and swap were at work."""
+    signal_bytes_per_token: float
+    swap_ms: float
+    """From the pause of the engines to their resumption."""
+    probe_error: float
+    """Mean |log-prob difference| between engine and learner after the swap, nats."""
+    seconds: float
+    """Wall time of the step."""

@@ -13,6 +13,7 @@ import ray
 from s2w.config import RolloutConfig
 from s2w.records import Prompt, Rollout, VersionSpan
 from s2w.vllm_actor import prepare_process
+from s2w.weights.publish import ReceiveStep
 
 
 class RolloutEngine:
@@ -26,7 +27,6 @@ class RolloutEngine:
         dtype: of the weights and products, resolved.
         max_model_len: longest prompt plus response, in tokens.
         candidates: top-k ids of the student to keep for each position; 0 for none (signal ``ids`` needs them).
-        transfer: vLLM's name of the weight-transfer backend.
     """
 
     def __init__(
@@ -38,7 +38,6 @@ class RolloutEngine:
         dtype: str,
         max_model_len: int,
         candidates: int,
-        transfer: str,
     ) -> None:
         self.config, self.index, self.candidates = config, index, candidates
         self.max_model_len = max_model_len
@@ -49,6 +48,7 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from s2w.weights.publish import WeightReceiver
+        from s2w.weights.transfer import TRANSFERS
 
         batched = config.max_batched_tokens
         options: dict[str, Any] = {}
@@ -71,7 +71,7 @@ class RolloutEngine:
                 max_logprobs=max(20, candidates),
                 # Log-probs of the distribution that was sampled from: after temperature, top-p and top-k.
                 logprobs_mode="processed_logprobs",
-                weight_transfer_config=WeightTransferConfig(backend=transfer),
+                weight_transfer_config=WeightTransferConfig(backend=TRANSFERS[device].backend),
                 disable_log_stats=True,
                 **options,
             )
@@ -142,6 +142,16 @@ class RolloutEngine:
                 await asyncio.sleep(0)
         await self.llm.resume_generation()
         return await asyncio.gather(*tasks)
+
+    async def receive_weights(self, step: ReceiveStep, *args: Any) -> None:
+        """One step of a swap, see :class:`s2w.weights.publish.WeightReceiver`."""
+        await getattr(self.weights, step)(*args)
+
+    async def log_probs(self, token_ids: np.ndarray) -> np.ndarray:
+        """float32 [n - 1]: what the engine's weights say of each of the n tokens but the first, in nats."""
+        from s2w.weights.probe import engine_log_probs
+
+        return await engine_log_probs(self.llm, token_ids)
 
     async def shutdown(self) -> None:
         """Ends vLLM's processes."""

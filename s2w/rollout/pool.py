@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
 import ray
 
 from s2w.config import RolloutConfig
 from s2w.records import Prompt, Rollout
 from s2w.rollout.engine import RolloutEngine
 from s2w.vllm_actor import actor_options, first_error
+from s2w.weights.publish import ReceiveStep
 
 
 class RolloutPool:
@@ -18,7 +20,7 @@ class RolloutPool:
 
     Args:
         config: the pool's settings.
-        model, device, dtype, max_model_len, candidates, transfer: see :class:`RolloutEngine`.
+        model, device, dtype, max_model_len, candidates: see :class:`RolloutEngine`.
     """
 
     def __init__(
@@ -30,11 +32,11 @@ class RolloutPool:
         dtype: str,
         max_model_len: int,
         candidates: int,
-        transfer: str,
     ) -> None:
+        self.config = config
         actor = ray.remote(RolloutEngine).options(**actor_options(device, config.cpus, config.tensor_parallel))
         self.engines: list[Any] = [
-            actor.remote(config, index, model, device, dtype, max_model_len, candidates, transfer)
+            actor.remote(config, index, model, device, dtype, max_model_len, candidates)
             for index in range(config.engines)
         ]
         self._load = [0] * config.engines
@@ -63,6 +65,18 @@ class RolloutPool:
             *(engine.generate_batch.remote(requests[i::count]) for i, engine in enumerate(self.engines))
         )
         return [shares[i % count][i // count] for i in range(len(requests))]
+
+    def weight_workers(self) -> dict[int, int]:
+        """Worker processes of each engine, by its number."""
+        return dict.fromkeys(range(len(self.engines)), self.config.tensor_parallel)
+
+    async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
+        """One step of a swap in one engine."""
+        await self.engines[engine].receive_weights.remote(step, *args)
+
+    async def log_probs(self, token_ids: np.ndarray) -> list[np.ndarray]:
+        """What each engine's weights say of the tokens, see :meth:`RolloutEngine.log_probs`."""
+        return await asyncio.gather(*(engine.log_probs.remote(token_ids) for engine in self.engines))
 
     async def shutdown(self) -> None:
         """Ends the engines and their processes."""

@@ -1,0 +1,157 @@
+"""From Hydra overrides to a :class:`s2w.config.Config`, with errors that a person can act on."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+
+from s2w import config as schema
+from s2w.config import Config
+from s2w.errors import ConfigError
+
+SCHEMA = "s2w_schema"
+"""Name under which configs/config.yaml finds the dataclasses."""
+
+
+def config_directory() -> Path:
+    """The Hydra tree: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def compose(overrides: list[str], directories: list[Path] | None = None) -> Config:
+    """The resolved configuration.
+
+    Args:
+        overrides: Hydra's: ``experiment=smollm2``, ``loop.steps=5``.
+        directories: further directories to search for groups.
+
+    Raises:
+        ConfigError: an unknown setting or group, a value of the wrong type, a setting that must be given.
+    """
+    for directory in directories or []:
+        if not directory.is_dir():
+            raise ConfigError(f"--config-dir {directory}: there is no such directory")
+    ConfigStore.instance().store(name=SCHEMA, node=Config)
+    if directories:
+        paths = ",".join(f"file://{directory.resolve()}" for directory in directories)
+        overrides = [*overrides, f"hydra.searchpath=[{paths}]"]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_directory().resolve()), version_base=None):
+            composed = hydra_compose("config", overrides)
+        # A plain container: merging it into the dataclasses also refuses what `+name=value` added.
+        plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        config = OmegaConf.to_object(merged)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def settings() -> list[tuple[str, Any, str]]:
+    """Every setting as (dotted name, default, documentation), in the order of config.py."""
+    return list(_walk(Config, ""))
+
+
+def help_text() -> str:
+    """What ``s2w train --help`` prints."""
+    lines = ["usage: s2w train [OVERRIDE ...]", "", "Groups (NAME=CHOICE):"]
+    root = config_directory()
+    for group in sorted(path for path in root.iterdir() if path.is_dir()):
+        choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+        lines.append(f"  {group.name}={choices}")
+    lines += ["", "Settings (NAME=VALUE):"]
+    for name, default, text in settings():
+        shown = "must be given" if default is MISSING else f"default: {default}"
+        lines.append(f"  {name}  ({shown})")
+        lines += [f"      {line.strip()}" for line in text.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _walk(kind: type, prefix: str) -> Any:
+    texts = _documentation(kind)
+    for field in fields(kind):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if is_dataclass(default):
+            yield from _walk(type(default), f"{prefix}{field.name}.")
+        else:
+            shown = getattr(default, "value", default)
+            text = texts.get(field.name, "")
+            if hasattr(default, "value"):
+                choices = _documentation(type(default))
+                text += "".join(f"\n{choice.value}: {choices.get(choice.name, '')}" for choice in type(default))
+            yield prefix + field.name, shown, text.strip()
+
+
+def _documentation(kind: type) -> dict[str, str]:
+    """The string under each name of a class, as config.py writes them."""
+    tree = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for statement, following in zip(tree.body, tree.body[1:], strict=False):
+        target = getattr(statement, "target", None) or next(iter(getattr(statement, "targets", [])), None)
+        if isinstance(target, ast.Name) and isinstance(following, ast.Expr):
+            value = getattr(following.value, "value", None)
+            if isinstance(value, str):
+                texts[target.id] = inspect.cleandoc(value)
+    return texts
+
+
+def _sentence(error: BaseException) -> str:
+    """One clear sentence for what Hydra and OmegaConf raise."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        key = str(getattr(cause, "full_key", None) or "")
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{_missing_key(cause)} is not set: give it on the command line or choose an experiment"
+        if isinstance(cause, ConfigKeyError) or type(cause).__name__ == "ConfigAttributeError":
+            return unknown_setting(key)
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+            group, _, choice = cause.missing_cfg_file.rpartition("/")
+            return f"there is no {group}={choice}: the choices are {', '.join(cause.options or [])}"
+        if isinstance(cause, ValidationError):
+            return f"{key}: {str(cause).splitlines()[0]}"
+    return " ".join(str(error).split())
+
+
+def unknown_setting(key: str) -> str:
+    """The sentence for a setting that does not exist, with the nearest that does."""
+    names = [name for name, _, _ in settings()]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+    hint = f"did you mean {near[0]}?" if near else "s2w train --help lists them"
+    return f"unknown setting {key}: {hint}"
+
+
+def _missing_key(error: MissingMandatoryValue) -> str:
+    key = str(getattr(error, "full_key", "") or "")
+    if key:
+        return key
+    # to_object names the class and the field only.
+    text = str(error)
+    for section in fields(Config):
+        kind = getattr(schema, section.name.capitalize() + "Config", None)
+        if kind and f"`{kind.__name__}`" in text:
+            return f"{section.name}.{text.rsplit(' ', 1)[-1]}"
+    return text.splitlines()[0]

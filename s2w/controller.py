@@ -1,0 +1,164 @@
+"""The loop: generate -> score -> KL update -> hot swap. The only place that knows the order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2w.config import LoopConfig
+from s2w.data.prompts import PromptStream
+from s2w.learner.group import LearnerGroup
+from s2w.observe.progress import Progress
+from s2w.observe.recorder import Recorder
+from s2w.observe.step_report import StepReporter
+from s2w.records import Heldout, Prompt, Scored
+from s2w.rollout.pool import RolloutPool
+from s2w.teacher.pool import TeacherPool
+from s2w.weights.probe import Probe, ProbeResult
+from s2w.weights.publish import SwapReport, publish
+
+
+@dataclass
+class Batch:
+    """A batch under way, and where the prompt stream stands once it is learned."""
+
+    samples: asyncio.Task[list[Scored]]
+    position: dict[str, Any]
+
+
+class Controller:
+    """Runs the loop over the three parts.
+
+    Policy version ``v`` is the student after ``v`` updates. Batch ``v`` updates version ``v``; it is launched once
+    version ``v - max_staleness`` is in the engines. With ``max_staleness=0`` each batch is written by the weights
+    that learn from it; with ``n`` up to ``n`` further batches are generated and scored while one is learned.
+
+    Args:
+        loop: steps, batch size, staleness.
+        deterministic: batches are generated, then scored, each as a whole: bit for bit repeatable.
+        stream: training prompts, standing where the run begins.
+        heldout: prompts of the held-out evaluation.
+        step: updates that the learner's weights have already had (resume).
+        checkpoints: directory of the checkpoints.
+    """
+
+    def __init__(
+        self,
+        loop: LoopConfig,
+        *,
+        deterministic: bool,
+        stream: PromptStream,
+        heldout: list[Prompt],
+        rollouts: RolloutPool,
+        teachers: TeacherPool,
+        learner: LearnerGroup,
+        recorder: Recorder,
+        progress: Progress,
+        reporter: StepReporter,
+        probe: Probe,
+        step: int,
+        checkpoints: Path,
+    ) -> None:
+        self.loop, self.deterministic = loop, deterministic
+        self.stream, self.heldout = stream, heldout
+        self.rollouts, self.teachers, self.learner = rollouts, teachers, learner
+        self.recorder, self.progress, self.reporter = recorder, progress, reporter
+        self.step = self.saved = step
+        self.position = stream.state_dict()
+        self.checkpoints = checkpoints
+        self.probe, self.probe_ids = probe, heldout[0].token_ids
+
+    async def run(self) -> None:
+        """Does the steps that are left, then saves."""
+        ahead: deque[Batch] = deque()
+        try:
+            await self.swap()
+            if self.recorder.first_heldout() is None:
+                await self.evaluate()
+            while self.step < self.loop.steps:
+                self.reporter.begin()
+                while len(ahead) <= self.loop.max_staleness and self.step + len(ahead) < self.loop.steps:
+                    ahead.append(self.launch())
+                batch = ahead.popleft()
+                samples = await batch.samples
+                update = await self.learner.step(samples, self.step)
+                self.step, self.position = self.step + 1, batch.position
+                swap, probe = await self.swap()
+                report = self.reporter.finish(self.step, samples, update, swap, probe)
+                self.recorder.step(report)
+                self.progress.step(report)
+                if self.due(self.loop.eval_every) or self.step == self.loop.steps:
+                    await self.evaluate()
+                if self.due(self.loop.checkpoint_every):
+                    await self.save()
+        finally:
+            for batch in ahead:
+                batch.samples.cancel()
+            if self.step > self.saved:
+                await self.save()
+
+    def launch(self) -> Batch:
+        """Starts the next batch of the prompt stream."""
+        prompts = self.stream.next_batch()
+        requests = [(prompt, sample) for prompt in prompts for sample in range(self.loop.samples_per_prompt)]
+        return Batch(asyncio.create_task(self.write_and_score(requests)), self.stream.state_dict())
+
+    async def write_and_score(self, requests: list[tuple[Prompt, int]]) -> list[Scored]:
+        """Rollouts with their signals, in the order of ``requests``; each is scored the moment it is finished."""
+        if self.deterministic:
+            rollouts = await self.rollouts.generate_batch(requests)
+            return [Scored(*pair) for pair in zip(rollouts, await self.teachers.score_batch(rollouts), strict=True)]
+
+        written = scored = 0
+
+        async def sample(prompt: Prompt, index: int) -> Scored:
+            nonlocal written, scored
+            rollout = await self.rollouts.generate(prompt, index)
+            written += 1
+            self.progress.under_way(written, scored, len(requests))
+            signal = await self.teachers.score(rollout)
+            scored += 1
+            self.progress.under_way(written, scored, len(requests))
+            return Scored(rollout, signal)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(sample(prompt, index)) for prompt, index in requests]
+        return [task.result() for task in tasks]
+
+    async def swap(self) -> tuple[SwapReport, ProbeResult]:
+        """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
+        swap = await publish(self.learner, self.rollouts, self.step)
+        engines, model = await asyncio.gather(
+            self.rollouts.log_probs(self.probe_ids), self.learner.log_probs(self.probe_ids)
+        )
+        return swap, self.probe.check(engines, model, self.step)
+
+    async def evaluate(self) -> None:
+        """Held-out KL of the current version, on fresh rollouts."""
+        samples = await self.write_and_score([(prompt, 0) for prompt in self.heldout])
+        values = await self.learner.evaluate(samples, ["forward_kl", "reverse_kl"])
+        tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+        result = Heldout(
+            version=self.step,
+            forward_kl=values["forward_kl"],
+            reverse_kl=values["reverse_kl"],
+            tokens=tokens,
+            response_length=tokens / len(samples),
+        )
+        self.recorder.heldout(result)
+        self.progress.heldout(result)
+
+    async def save(self) -> None:
+        """Checkpoint of the last update."""
+        path = await self.learner.save(
+            self.checkpoints, self.step, {"stream": self.position}, self.loop.keep_checkpoints
+        )
+        self.saved = self.step
+        self.progress.say(f"saved {path}")
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after this one."""
+        return every > 0 and self.step % every == 0

@@ -1,0 +1,108 @@
+"""What a run leaves behind: metrics.jsonl, heldout.jsonl, TensorBoard, W&B, summary.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from s2w.records import Heldout, StepReport
+
+
+class Recorder:
+    """Writes each figure as soon as it is known, so that a run that dies keeps what it measured.
+
+    Args:
+        directory: the run directory; made if missing.
+        step: updates already done (resume). Later lines of an interrupted run are dropped.
+        config: the resolved configuration, for W&B.
+        tensorboard: write ``tensorboard/``.
+        wandb: project name, or None.
+        name: the run's name in W&B.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        step: int,
+        config: dict[str, Any],
+        tensorboard: bool,
+        wandb: str | None,
+        name: str,
+    ) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.metrics, self.heldout_lines = directory / "metrics.jsonl", directory / "heldout.jsonl"
+        _keep(self.metrics, lambda line: line["step"] <= step)
+        _keep(self.heldout_lines, lambda line: line["version"] <= step)
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        if wandb:
+            import wandb as library
+
+            self._wandb = library.init(project=wandb, name=name, dir=str(directory), config=config, resume="allow")
+
+    def step(self, report: StepReport) -> None:
+        """Adds the line of one step."""
+        line = asdict(report)
+        _append(self.metrics, line)
+        self._scalars(line, report.step)
+
+    def heldout(self, result: Heldout) -> None:
+        """Adds one held-out evaluation."""
+        line = asdict(result)
+        _append(self.heldout_lines, line)
+        self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
+
+    def first_heldout(self) -> Heldout | None:
+        """The evaluation before the first update, where this run has one already."""
+        if not self.heldout_lines.exists():
+            return None
+        with self.heldout_lines.open() as lines:
+            first = next(lines, None)
+        return Heldout(**json.loads(first)) if first else None
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Writes ``summary.json``."""
+        (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Flushes TensorBoard and W&B."""
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _scalars(self, line: dict[str, Any], step: int) -> None:
+        scalars = dict(_flatten(line))
+        if self._tensorboard:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _keep(path: Path, wanted: Any) -> None:
+    """Drops the lines of steps that a resumed run does again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
+        path.write_text("".join(lines))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, float(value)

@@ -1,0 +1,111 @@
+"""Turns what the parts report about a step into its :class:`~s2w.records.StepReport`, and keeps the run's totals."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+from s2w.learner.group import LearnerStep
+from s2w.observe.timeline import Stage, Timeline, merge, seconds
+from s2w.records import Scored, StepReport
+from s2w.weights.probe import ProbeResult
+from s2w.weights.publish import SwapReport
+
+
+class StepReporter:
+    """Measures steps; one for a run.
+
+    Args:
+        timeline: gets the work of every actor.
+    """
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self._began = time.time()
+        self._tokens: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._swaps: list[tuple[float, float]] = []
+
+    def begin(self) -> None:
+        """A step starts now."""
+        self._began = time.time()
+
+    def finish(
+        self,
+        step: int,
+        samples: list[Scored],
+        update: LearnerStep,
+        swap: SwapReport,
+        probe: ProbeResult,
+    ) -> StepReport:
+        """The report of the step that ends now.
+
+        Args:
+            step: updates done, this one included.
+            samples: the batch that was learned.
+        """
+        now = time.time()
+        rollouts = [sample.rollout for sample in samples]
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        response = sum(lengths)
+        prompt = sum(len(rollout.prompt.token_ids) for rollout in rollouts)
+        work = {
+            "generate": (
+                response,
+                self._worked("generate", [(r.engine, r.started, r.finished) for r in rollouts], step),
+            ),
+            "score": (
+                prompt + response - sum(sample.signal.cached_tokens for sample in samples),
+                self._worked("score", [(s.signal.teacher, s.signal.started, s.signal.finished) for s in samples], step),
+            ),
+            "learn": (prompt + response, self._worked("learn", [(0, update.started, update.finished)], step)),
+        }
+        self._worked("swap", [(0, swap.started, swap.started + swap.total_ms / 1e3)], step)
+        for stage, (tokens, seconds) in work.items():
+            self._tokens[stage] += tokens
+            self._seconds[stage] += seconds
+        self._swaps.append((swap.pause_ms, probe.mean))
+        ages = [(step - 1 - span.version, span.stop - span.start) for r in rollouts for span in r.versions]
+        finish = Counter(rollout.finish_reason for rollout in rollouts)
+        return StepReport(
+            step=step,
+            loss=update.loss,
+            divergence=update.divergence,
+            student_entropy=update.student_entropy,
+            teacher_entropy=update.teacher_entropy,
+            agreement=update.agreement,
+            grad_norm=update.grad_norm,
+            learning_rate=update.learning_rate,
+            prompts=len({rollout.prompt.uid for rollout in rollouts}),
+            response_tokens=response,
+            response_length=response / len(rollouts),
+            finish={reason: count / len(rollouts) for reason, count in sorted(finish.items())},
+            staleness_mean=sum(age * tokens for age, tokens in ages) / response,
+            staleness_max=max(age for age, _ in ages),
+            tokens_per_second={stage: tokens / seconds for stage, (tokens, seconds) in work.items()},
+            busy=self.timeline.busy(self._began, now),
+            signal_bytes_per_token=sum(sample.signal.nbytes for sample in samples) / response,
+            swap_ms=swap.pause_ms,
+            probe_error=probe.mean,
+            seconds=now - self._began,
+        )
+
+    def totals(self) -> dict[str, Any]:
+        """``tokens_per_second`` by stage, ``swap_ms`` (median) and ``probe_error`` (largest) over the steps so far."""
+        pauses = sorted(pause for pause, _ in self._swaps)
+        return {
+            "tokens_per_second": {stage: self._tokens[stage] / self._seconds[stage] for stage in self._tokens},
+            "swap_ms": pauses[len(pauses) // 2] if pauses else None,
+            "probe_error": max((error for _, error in self._swaps), default=None),
+        }
+
+    def _worked(self, stage: Stage, intervals: list[tuple[int, float, float]], step: int) -> float:
+        """Seconds in which at least one actor of the stage worked for this step."""
+        by_actor: defaultdict[int, list[tuple[float, float]]] = defaultdict(list)
+        for actor, start, stop in intervals:
+            by_actor[actor].append((start, stop))
+        merged = [
+            interval for actor, own in by_actor.items() for interval in self.timeline.add(stage, actor, own, step)
+        ]
+        return seconds(merge(merged))

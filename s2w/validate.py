@@ -1,0 +1,208 @@
+"""Refuses bad settings before anything starts; nothing here loads a model or touches the cluster."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from s2w.config import Config, SignalKind, StudentInit
+from s2w.errors import ConfigError
+from s2w.learner.carriage import carries
+from s2w.learner.divergence import make_divergence
+from s2w.models.checkpoint import Checkpoint, read_checkpoint
+from s2w.models.tokenizers import SharedVocabulary, compare_tokenizers
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MAY_CHANGE = (
+    "cluster.", "run.", "rollout.engines", "rollout.cpus", "rollout.threads", "rollout.kv_cache_gib",
+    "teacher.replicas", "teacher.cpus", "teacher.threads", "teacher.kv_cache_gib", "learner.cpus", "learner.threads",
+    "loop.steps", "loop.eval_every", "loop.checkpoint_every", "loop.keep_checkpoints",
+)  # fmt: skip
+"""Settings that a resumed run may change: they do not change what is computed. A trailing dot is a whole section."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What validation found out and the run needs."""
+
+    teacher: Checkpoint
+    student: Checkpoint
+    vocabulary: SharedVocabulary
+    max_model_len: int
+    """Longest prompt plus response, tokens."""
+
+
+def check(config: Config) -> Facts:
+    """Checks all that can be known without the cluster.
+
+    Raises:
+        ConfigError: one sentence: what is wrong, where, what to write instead.
+    """
+    _check_numbers(config)
+    _check_loss(config)
+    _check_run_directory(config)
+    teacher = read_checkpoint(config.teacher.model, config.teacher.revision)
+    student = read_checkpoint(config.student.model, config.student.revision)
+    vocabulary = compare_tokenizers(teacher, student)
+    if config.signal.kind in (SignalKind.topk, SignalKind.ids) and config.signal.top_k > vocabulary.vocab_size:
+        raise ConfigError(
+            f"signal.top_k={config.signal.top_k} is larger than the vocabulary of {vocabulary.vocab_size} tokens: "
+            "write a smaller one, or signal.kind=hidden for the whole distribution"
+        )
+    length = config.data.max_prompt_tokens + config.rollout.max_tokens
+    for side, checkpoint in (("teacher", teacher), ("student", student)):
+        if checkpoint.max_model_len is not None and length > checkpoint.max_model_len:
+            raise ConfigError(
+                f"data.max_prompt_tokens + rollout.max_tokens = {length} is more than the {side}'s context of "
+                f"{checkpoint.max_model_len} tokens: write smaller ones"
+            )
+    for setting, checkpoint, parallel in (
+        ("teacher.tensor_parallel", teacher, config.teacher.tensor_parallel),
+        ("rollout.tensor_parallel", student, config.rollout.tensor_parallel),
+    ):
+        heads = checkpoint.config.get_text_config().num_attention_heads
+        if heads % parallel:
+            raise ConfigError(f"{setting}={parallel} does not divide the {heads} attention heads of the model")
+    return Facts(teacher, student, vocabulary, length)
+
+
+def check_resources(config: Config, device: str, available: dict[str, float]) -> None:
+    """Compares what the actors reserve with what the cluster has.
+
+    Args:
+        available: Ray's cluster resources.
+
+    Raises:
+        ConfigError: names the resource, how much is asked for, and how much there is.
+    """
+    teacher, rollout, learner = config.teacher, config.rollout, config.learner
+    cpus = teacher.replicas * teacher.cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
+    there = available.get("CPU", 0)
+    if cpus > there:
+        raise ConfigError(
+            f"the run reserves {cpus:g} CPUs (teachers {teacher.replicas} x {teacher.cpus:g}, rollout engines "
+            f"{rollout.engines} x {rollout.cpus:g}, learner ranks {learner.ranks} x {learner.cpus:g}) but the cluster "
+            f"has {there:g}: ask for fewer, or for smaller shares (teacher.cpus, rollout.cpus, learner.cpus)"
+        )
+    if device == "cuda":
+        of_teachers = teacher.replicas * teacher.tensor_parallel * teacher.pipeline_parallel
+        of_rollouts = rollout.engines * rollout.tensor_parallel
+        gpus = of_teachers + of_rollouts + learner.ranks * learner.gpus
+        there = available.get("GPU", 0)
+        if gpus > there:
+            raise ConfigError(
+                f"the run asks for {gpus:g} GPUs (teachers {of_teachers}, rollout engines {of_rollouts}, learner "
+                f"{learner.ranks * learner.gpus:g}) but the cluster has {there:g}"
+            )
+
+
+def _check_numbers(config: Config) -> None:
+    at_least_one = {
+        "teacher.replicas": config.teacher.replicas,
+        "teacher.tensor_parallel": config.teacher.tensor_parallel,
+        "teacher.pipeline_parallel": config.teacher.pipeline_parallel,
+        "teacher.max_batched_tokens": config.teacher.max_batched_tokens,
+        "teacher.max_sequences": config.teacher.max_sequences,
+        "rollout.engines": config.rollout.engines,
+        "rollout.tensor_parallel": config.rollout.tensor_parallel,
+        "rollout.max_tokens": config.rollout.max_tokens,
+        "rollout.max_sequences": config.rollout.max_sequences,
+        "learner.ranks": config.learner.ranks,
+        "learner.tokens_per_micro_batch": config.learner.tokens_per_micro_batch,
+        "signal.top_k": config.signal.top_k,
+        "loss.chunk_rows": config.loss.chunk_rows,
+        "loop.prompts_per_step": config.loop.prompts_per_step,
+        "loop.samples_per_prompt": config.loop.samples_per_prompt,
+        "loop.keep_checkpoints": config.loop.keep_checkpoints,
+        "data.heldout_prompts": config.data.heldout_prompts,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: write at least 1")
+    at_least_zero = {
+        "loop.steps": config.loop.steps,
+        "loop.max_staleness": config.loop.max_staleness,
+        "loop.eval_every": config.loop.eval_every,
+        "loop.checkpoint_every": config.loop.checkpoint_every,
+        "learner.warmup_steps": config.learner.warmup_steps,
+        "learner.weight_decay": config.learner.weight_decay,
+        "learner.max_grad_norm": config.learner.max_grad_norm,
+        "rollout.temperature": config.rollout.temperature,
+    }
+    for name, value in at_least_zero.items():
+        if value < 0:
+            raise ConfigError(f"{name}={value}: write 0 or more")
+    if config.learner.learning_rate <= 0 or not math.isfinite(config.learner.learning_rate):
+        raise ConfigError(f"learner.learning_rate={config.learner.learning_rate}: write a number above 0")
+    if config.learner.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: DeepSpeed has the stages 0, 1, 2 and 3")
+    for name, dtype in (
+        ("teacher.dtype", config.teacher.dtype),
+        ("rollout.dtype", config.rollout.dtype),
+        ("learner.dtype", config.learner.dtype),
+    ):
+        choices = tuple(d for d in DTYPES if d != "float16") if name == "learner.dtype" else DTYPES
+        if dtype not in choices:
+            raise ConfigError(f"{name}={dtype}: write one of {', '.join(choices)}")
+    if config.cluster.device not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"cluster.device={config.cluster.device}: write auto, cuda or cpu")
+    if config.run.deterministic and config.loop.max_staleness:
+        raise ConfigError(
+            f"run.deterministic=true with loop.max_staleness={config.loop.max_staleness}: overlapped batches meet in "
+            "the engines differently each time; write loop.max_staleness=0"
+        )
+    if config.student.init is StudentInit.pruned and config.student.keep_layers is None:
+        raise ConfigError("student.init=pruned: say how many layers to keep with student.keep_layers")
+
+
+def _check_loss(config: Config) -> None:
+    loss = config.loss
+    if loss.temperature <= 0:
+        raise ConfigError(f"loss.temperature={loss.temperature}: write a number above 0")
+    try:
+        make_divergence(loss.divergence, beta=loss.beta, alpha=loss.alpha)
+    except ValueError as error:
+        raise ConfigError(f"loss.divergence={loss.divergence}: {error}") from error
+    carriage = carries(config.signal.kind.value, loss.divergence)
+    if not carriage.possible:
+        raise ConfigError(
+            f"signal.kind={config.signal.kind.value} cannot carry loss.divergence={loss.divergence}: {carriage.reason}"
+        )
+
+
+def _check_run_directory(config: Config) -> None:
+    """A run directory belongs to one configuration."""
+    directory = Path(config.run.dir)
+    stored = directory / "config.yaml"
+    if not stored.exists():
+        if config.run.resume:
+            raise ConfigError(f"run.resume=true, but {directory} holds no run: there is no {stored}")
+        return
+    for name, before, now in _differences(OmegaConf.to_container(OmegaConf.load(stored)), _plain(config)):
+        if not any(name.startswith(free) if free.endswith(".") else name == free for free in MAY_CHANGE):
+            raise ConfigError(
+                f"run.dir={directory} belongs to a run with {name}={before}, not {now}: "
+                "choose another run.dir, or the settings of that run"
+            )
+    if not config.run.resume:
+        raise ConfigError(
+            f"run.dir={directory} already holds this run: add run.resume=true to continue it, or choose another run.dir"
+        )
+
+
+def _plain(config: Config) -> Any:
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{prefix}{name}.")
+    elif before != now:
+        yield prefix.removesuffix("."), before, now
