@@ -1,0 +1,7 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """Bad input, found before anything started; the message is one sentence for the user."""

@@ -1,0 +1,104 @@
+"""What a model reference (directory or hub id) stands for: its configuration and tokenizer, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from s2w.errors import ConfigError
+
+TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+"""Hub files that hold configuration, tokenizer and chat template."""
+WEIGHT_FILES = ["*.safetensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Facts of a checkpoint, read without its weights."""
+
+    reference: str
+    """As the user wrote it."""
+    path: Path
+    """Directory that holds the configuration and tokenizer; for a hub id, its snapshot in the hub cache."""
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a response: those of generation_config.json, else the tokenizer's."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest sequence of the configuration, in tokens; None if it does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, padding included."""
+        return self.config.get_text_config().vocab_size
+
+
+def resolve_path(reference: str, revision: str | None = None, weights: bool = False) -> Path:
+    """Directory of a checkpoint; a hub id is fetched into the hub cache, its weights only if ``weights``.
+
+    An existing directory is never looked up on the hub.
+
+    Raises:
+        ConfigError: there is no such directory and the hub does not give it.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{reference!r} is not a checkpoint: the directory has no config.json.")
+        return path
+    looks_like_path = reference.startswith(("/", "~", ".")) or reference.count("/") > 1 or not reference
+    if looks_like_path or path.exists():
+        raise ConfigError(
+            f"No checkpoint directory at {str(path.absolute())!r}: write a directory that holds config.json, "
+            "or a hub id such as 'Qwen/Qwen3-0.6B'."
+        )
+    try:
+        return Path(
+            snapshot_download(
+                reference, revision=revision, allow_patterns=TEXT_FILES + (WEIGHT_FILES if weights else [])
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "the hub cannot be reached and the local cache does not hold it"
+        else:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"Cannot get {reference!r}{at} from the Hugging Face hub ({reason}), "
+            "and there is no directory of that name: write a hub id you may read, or the path of a checkpoint."
+        ) from error
+
+
+def read_checkpoint(reference: str, revision: str | None = None) -> Checkpoint:
+    """Reads a checkpoint's configuration and tokenizer.
+
+    Raises:
+        ConfigError: the checkpoint cannot be found, or its configuration or tokenizer cannot be read.
+    """
+    path = resolve_path(reference, revision)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"Cannot read the configuration and tokenizer of {reference!r}: {reason}.") from error
+    return Checkpoint(reference, path, config, tokenizer, _eos_token_ids(path, tokenizer))
+
+
+def _eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    eos = None
+    if (path / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
