@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from s2w.errors import ConfigError
@@ -61,9 +62,8 @@ def supported_modes(tokenizer: PreTrainedTokenizerBase) -> tuple[Mode, ...]:
 
 def soft_switch(messages: Sequence[Message]) -> Mode | None:
     """The mode that the messages ask for: the last ``/think`` or ``/no_think`` of a user or system message."""
-    found = [
-        m for message in messages if message["role"] != "assistant" for m in SOFT_SWITCH.findall(message["content"])
-    ]
+    asking = (message["content"] for message in messages if message["role"] in ("user", "system"))
+    found: list[Mode] = [match for content in asking for match in SOFT_SWITCH.findall(content)]
     return found[-1] if found else None
 
 
@@ -76,13 +76,13 @@ def render(
     """The prompt text: chat template applied with the mode's switch, ready for the response.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, the template cannot ask for ``mode``, or it refuses the messages.
+        ConfigError: there is no chat template, it cannot ask for ``mode``, or it refuses the messages.
     """
     kwargs = dict(chat_template_kwargs or {})
     if "enable_thinking" in kwargs:
-        raise ConfigError("data.chat_template_kwargs may not set enable_thinking: the mode of a prompt does.")
+        raise ConfigError("data.chat_template_kwargs may not set enable_thinking: the mode of a prompt does")
     if mode not in (modes := supported_modes(tokenizer)):
-        raise ConfigError(f"The chat template cannot ask for mode {mode!r}, only for {modes[0]!r}: it has no switch.")
+        raise ConfigError(f"The chat template cannot ask for mode {mode!r}, only for {modes[0]!r}: it has no switch")
     return _apply(tokenizer, messages, {**kwargs, "enable_thinking": mode == "think"})
 
 
@@ -111,13 +111,13 @@ def obeys(response: ParsedResponse, mode: Mode) -> bool:
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
-        raise ConfigError(f"The tokenizer of {tokenizer.name_or_path!r} has no chat template.")
+        raise ConfigError(f"The tokenizer of {tokenizer.name_or_path!r} has no chat template")
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **kwargs
         )
     except TemplateError as error:
-        raise ConfigError(f"The chat template refuses the messages: {str(error).rstrip('.')}.") from error
+        raise ConfigError(f"The chat template refuses the messages: {str(error).rstrip('.')}") from error
+    assert isinstance(text, str)
+    return text

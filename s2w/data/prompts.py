@@ -60,7 +60,7 @@ def build_prompts(
         ConfigError: no or two sources, an unreadable row, a prompt that is too long, a mode the template lacks.
     """
     if bool(data.tasks) == bool(data.path):
-        raise ConfigError(f"Set one of data.tasks and data.path{', not both' if data.path else ''}.")
+        raise ConfigError(f"Set one of data.tasks and data.path{', not both' if data.path else ''}")
     if data.path:
         train, heldout = _file_sources(data)
     else:
@@ -85,7 +85,7 @@ def build_prompts(
         prompts = []
         for source, mode, ids in zip(sources, prompt_modes, encoded, strict=True):
             if len(ids) > limit:
-                raise ConfigError(f"Prompt {source.uid!r} has {len(ids)} tokens, more than {limit} ({limit_name}).")
+                raise ConfigError(f"Prompt {source.uid!r} has {len(ids)} tokens, more than {limit} ({limit_name})")
             prompts.append(
                 Prompt(
                     uid=source.uid,
@@ -118,9 +118,9 @@ class PromptStream:
         self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int, state: dict[str, int] | None = None
     ) -> None:
         if not prompts:
-            raise ConfigError("There are no training prompts.")
+            raise ConfigError("There are no training prompts")
         if prompts_per_step < 1:
-            raise ConfigError(f"loop.prompts_per_step must be at least 1, not {prompts_per_step}.")
+            raise ConfigError(f"loop.prompts_per_step must be at least 1, not {prompts_per_step}")
         self._prompts = list(prompts)
         self._prompts_per_step = prompts_per_step
         self._seed = seed
@@ -169,7 +169,7 @@ class PromptStream:
             if state[name] != own[name]:
                 raise ConfigError(
                     f"Cannot resume: the checkpoint's prompts are not those of this run (its {name} was {state[name]}, "
-                    f"now {own[name]})."
+                    f"now {own[name]})"
                 )
         self._epoch, self._position = state["epoch"], state["position"]
         self._order = self._permutation()
@@ -186,10 +186,10 @@ def _task_sources(data: DataConfig, seed: int) -> tuple[list[_Source], list[_Sou
     names = list(data.tasks)
     all_options = _plain(data.task_options)
     if unused := all_options.keys() - set(names):
-        raise ConfigError(f"data.task_options names {min(unused)!r}, which is not in data.tasks ({', '.join(names)}).")
+        raise ConfigError(f"data.task_options names {min(unused)!r}, which is not in data.tasks ({', '.join(names)})")
     for position, name in enumerate(names):
         if name in names[:position]:
-            raise ConfigError(f"data.tasks names {name!r} twice.")
+            raise ConfigError(f"data.tasks names {name!r} twice")
         options = all_options.get(name) or {}
         train, heldout = generate(
             name,
@@ -237,7 +237,8 @@ def _file_sources(data: DataConfig) -> tuple[list[_Source], list[_Source]]:
     else:
         if data.heldout_prompts >= len(rows):
             raise ConfigError(
-                f"{str(path)!r} has {len(rows)} prompts, too few to hold out data.heldout_prompts={data.heldout_prompts}."
+                f"{str(path)!r} has {len(rows)} prompts, too few to hold out {data.heldout_prompts} "
+                "(data.heldout_prompts)"
             )
         first = len(rows) - data.heldout_prompts
         train = [_source(path, i, row, "train") for i, row in enumerate(rows[:first])]
@@ -246,14 +247,14 @@ def _file_sources(data: DataConfig) -> tuple[list[_Source], list[_Source]]:
     distinct = [source for source in heldout if _key(source.messages) not in seen]
     if len(distinct) < len(heldout):
         if not distinct:
-            raise ConfigError(f"Every held-out prompt of {str(path)!r} is also a training prompt.")
+            raise ConfigError(f"Every held-out prompt of {str(path)!r} is also a training prompt")
         logger.warning("Left out %d held-out prompts that are training prompts too.", len(heldout) - len(distinct))
     return train, distinct
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ConfigError(f"There is no prompt file {str(path.absolute())!r}.")
+        raise ConfigError(f"There is no prompt file {str(path.absolute())!r}")
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -267,14 +268,14 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ConfigError(f"{str(path)!r}, line {number}, is not JSON: {error}.") from error
+                    raise ConfigError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
                 if not isinstance(row, dict):
-                    raise ConfigError(f"{str(path)!r}, line {number}, is not a JSON object.")
+                    raise ConfigError(f"{str(path)!r}, line {number}, is not a JSON object")
                 rows.append(row)
     else:
-        raise ConfigError(f"{str(path)!r} is neither .jsonl nor .parquet.")
+        raise ConfigError(f"{str(path)!r} is neither .jsonl nor .parquet")
     if not rows:
-        raise ConfigError(f"{str(path)!r} holds no prompts.")
+        raise ConfigError(f"{str(path)!r} holds no prompts")
     return rows
 
 
@@ -282,7 +283,7 @@ def _source(path: Path, index: int, row: dict[str, Any], split: str) -> _Source:
     where = f"{str(path)!r}, {split} row {index}"
     given = row.get("messages") if row.get("messages") is not None else row.get("prompt")
     if given is None:
-        raise ConfigError(f"{where}, has neither `messages` nor `prompt`; its columns are: {', '.join(row) or 'none'}.")
+        raise ConfigError(f"{where}, has neither `messages` nor `prompt`; its columns are: {', '.join(row) or 'none'}")
     messages = _messages(where, given)
     answer = row.get("answer")
     if answer is not None:
@@ -297,9 +298,9 @@ def _source(path: Path, index: int, row: dict[str, Any], split: str) -> _Source:
     mode = row.get("mode")
     switch = soft_switch(messages)
     if mode is not None and mode not in get_args(Mode):
-        raise ConfigError(f"{where}, has mode {mode!r}; a mode is {' or '.join(get_args(Mode))}.")
+        raise ConfigError(f"{where}, has mode {mode!r}; a mode is {' or '.join(get_args(Mode))}")
     if mode is not None and switch is not None and mode != switch:
-        raise ConfigError(f"{where}, has mode {mode!r}, but its messages say /{switch}.")
+        raise ConfigError(f"{where}, has mode {mode!r}, but its messages say /{switch}")
     return _Source(
         uid=f"{task or path.stem}/{split}/{index}",
         messages=messages,
@@ -314,7 +315,7 @@ def _messages(where: str, given: Any) -> tuple[dict[str, str], ...]:
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"{where}: a prompt is a string or a list of messages with `role` and `content`.")
+        raise ConfigError(f"{where}: a prompt is a string or a list of messages with `role` and `content`")
     for message in given:
         if (
             not isinstance(message, dict)
@@ -322,10 +323,10 @@ def _messages(where: str, given: Any) -> tuple[dict[str, str], ...]:
             or not isinstance(message.get("content"), str)
         ):
             raise ConfigError(
-                f"{where}: a message has a role ({', '.join(ROLES)}) and a content string, not {message!r}."
+                f"{where}: a message has a role ({', '.join(ROLES)}) and a content string, not {message!r}"
             )
     if given[-1]["role"] not in ("user", "tool") or all(message["role"] != "user" for message in given):
-        raise ConfigError(f"{where}: the last message of a prompt is the user's, not the {given[-1]['role']}'s.")
+        raise ConfigError(f"{where}: the last message of a prompt is the user's, not the {given[-1]['role']}'s")
     return tuple({"role": message["role"], "content": message["content"]} for message in given)
 
 

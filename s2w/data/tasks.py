@@ -57,7 +57,7 @@ def generate(
         if repeats > MAX_REPEATS:
             raise ConfigError(
                 f"Task {name!r} has too few different questions with these options: {len(heldout_entries)} found for "
-                f"{heldout} held-out prompts."
+                f"{heldout} held-out prompts"
             )
         heldout_entries.setdefault(entry["question"], entry)
     train_entries: list[Entry] = []
@@ -70,7 +70,7 @@ def generate(
             if skipped > MAX_REPEATS + train:
                 raise ConfigError(
                     f"Task {name!r} has too few different questions with these options: {heldout} held-out prompts "
-                    "leave next to none for training."
+                    "leave next to none for training"
                 )
         else:
             train_entries.append(entry)
@@ -118,9 +118,9 @@ def _dataset(name: str, seed: int, size: int, options: Mapping[str, Any]) -> Any
     import reasoning_gym
 
     if reserved := options.keys() & {"seed", "size"}:
-        raise ConfigError(f"Options of task {name!r} may not set {min(reserved)}: s2w does.")
+        raise ConfigError(f"Options of task {name!r} may not set {min(reserved)}: s2w does")
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
     except (TypeError, ValueError, AssertionError) as error:
         reason = str(error).removeprefix(f"{name}: ").rstrip(".")
-        raise ConfigError(f"Task {name!r} does not take these options, {dict(options)}: {reason}.") from error
+        raise ConfigError(f"Task {name!r} does not take these options, {dict(options)}: {reason}") from error

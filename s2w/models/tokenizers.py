@@ -41,14 +41,14 @@ def compare_tokenizers(teacher: Checkpoint, student: Checkpoint) -> SharedVocabu
         raise ConfigError(
             f"Teacher and student must share a tokenizer, but {len(differing)} tokens differ, the first {token!r}: "
             f"{_id_text(teacher_ids.get(token))} in {teacher.reference!r}, "
-            f"{_id_text(student_ids.get(token))} in {student.reference!r}."
+            f"{_id_text(student_ids.get(token))} in {student.reference!r}"
         )
     vocab_size = max(teacher_ids.values()) + 1
     for side in (teacher, student):
         if side.vocab_size < vocab_size:
             raise ConfigError(
                 f"The tokenizer of {side.reference!r} has {vocab_size} tokens, more than the {side.vocab_size} rows "
-                "of its embedding."
+                "of its embedding"
             )
     notes = []
     if teacher.vocab_size != student.vocab_size:
