@@ -1,1 +1,95 @@
-def register() -> None: ...
+"""Weights in shared memory: the segment that carries them on one node, and its registration as a vLLM backend."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from typing import TypedDict
+
+import torch
+
+from s2w.weights.names import CheckpointStream
+
+BACKEND = "shm"
+"""Name of the backend in vLLM's ``WeightTransferConfig``."""
+
+ALIGNMENT = 64
+"""Bytes, a cache line: every tensor begins on one."""
+
+
+class SegmentInfo(TypedDict):
+    """What an engine needs to read a segment; plain values, so it passes through vLLM's RPC."""
+
+    path: str
+    tensors: list[tuple[str, str, list[int], int]]
+    """Name, dtype (``bfloat16``), shape and offset in bytes of each tensor."""
+
+
+class Segment:
+    """A memory file that lives as long as this object.
+
+    Opened by other processes of this user through ``/proc``. Unlike a named file in ``/dev/shm`` it cannot outlive
+    the process that made it, however that ends, and a container's limit on ``/dev/shm`` does not apply to it.
+    """
+
+    def __init__(self, stream: CheckpointStream) -> None:
+        """Writes one pass of ``stream``, cast on the way.
+
+        Raises:
+            OSError: not enough memory.
+        """
+        self._file = os.fdopen(os.memfd_create("s2w-weights"), "r+b", buffering=0)
+        try:
+            self.info = self._write(stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def _write(self, stream: CheckpointStream) -> SegmentInfo:
+        metadata, offsets, size = stream.metadata(), [], 0
+        for tensor in metadata:
+            offsets.append(size)
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        # Allocates now: writing to a hole that cannot be filled would kill the process instead of raising.
+        os.posix_fallocate(self._file.fileno(), 0, size)
+        with mmap.mmap(self._file.fileno(), size) as memory:
+            for meta, offset, (_, value) in zip(metadata, offsets, stream, strict=True):
+                target = torch.frombuffer(memory, dtype=meta.dtype, count=value.numel(), offset=offset)
+                target.view(meta.shape).copy_(value)
+                del target  # The mapping can be closed only when no tensor exports it.
+        tensors = [
+            (meta.name, str(meta.dtype).removeprefix("torch."), list(meta.shape), offset)
+            for meta, offset in zip(metadata, offsets, strict=True)
+        ]
+        return {"path": f"/proc/{os.getpid()}/fd/{self._file.fileno()}", "tensors": tensors}
+
+    def close(self) -> None:
+        """Lets go of the memory; readers keep what they have mapped. May be called again."""
+        self._file.close()
+
+
+def read_segment(info: SegmentInfo) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields ``(name, tensor)``: views of a private mapping that lasts until the last of them is gone.
+
+    Raises:
+        FileNotFoundError: the segment is gone or belongs to another node.
+    """
+    try:
+        with open(info["path"], "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no weights at {info['path']}: shared-memory transfer needs engines and learner rank 0 on one node"
+        ) from error
+    for name, dtype, shape, offset in info["tensors"]:
+        count = torch.Size(shape).numel()
+        yield name, torch.frombuffer(memory, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
+
+
+def register() -> None:
+    """Makes the backend known to vLLM; idempotent, as vLLM may load plugins more than once in a process."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "s2w.weights.shm_engine", "SharedMemoryTransferEngine")

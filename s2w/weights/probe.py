@@ -1,0 +1,85 @@
+"""Numeric proof of a swap: log-probs of fixed tokens from an engine against those of the learner's model.
+
+A swap can go wrong without an error (weights that a kernel keeps in a packed copy, a name that no loader takes), so
+what the engine computes is compared, not what it was told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """|log-prob difference| over the probe's tokens, in nats."""
+
+    mean: float
+    max: float
+
+
+class ProbeError(RuntimeError):
+    """An engine does not compute with the learner's weights."""
+
+
+async def engine_log_probs(llm: AsyncLLM, token_ids: np.ndarray) -> np.ndarray:
+    """Log-probs that the engine gives tokens 1 to n-1 of ``token_ids`` (int32 [n]), each after those before it.
+
+    Returns:
+        float32 [n-1], in nats. Computed afresh: vLLM does not read its prefix cache for prompt log-probs.
+    """
+    from vllm import SamplingParams
+
+    ids = [int(token) for token in token_ids]
+    parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    stream = llm.generate({"prompt_token_ids": ids}, parameters, f"probe-{uuid4()}")
+    output: Any = [output async for output in stream][-1]
+    values = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
+    return np.array(values, dtype=np.float32)
+
+
+@torch.no_grad()
+def model_log_probs(model: PreTrainedModel, token_ids: np.ndarray, chunk_rows: int = 256) -> np.ndarray:
+    """The same from a transformers model; under ZeRO-3 every rank must call it.
+
+    Logits are made for ``chunk_rows`` positions at a time, so [n, V] in float32 is never whole.
+
+    Returns:
+        float32 [n-1], in nats.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64, device=model.device)
+    chunks = []
+    # The model's own forward, so that logit scales and caps are those of its architecture.
+    for start in range(0, len(ids) - 1, chunk_rows):
+        stop = min(start + chunk_rows, len(ids) - 1)
+        logits = model(ids[None, :stop], use_cache=False, logits_to_keep=stop - start).logits[0]
+        chunks.append(logits.float().log_softmax(-1).gather(-1, ids[start + 1 : stop + 1, None])[:, 0])
+    return torch.cat(chunks).cpu().numpy()
+
+
+def compare(engine: np.ndarray, learner: np.ndarray, *, name: str, version: int, tolerance: float) -> ProbeResult:
+    """Compares the two, both float32 [n-1].
+
+    Args:
+        name: of the engine, for the error's text.
+        tolerance: largest allowed mean |difference|, in nats.
+
+    Raises:
+        ProbeError: the mean is larger, or not a number.
+    """
+    difference = np.abs(engine.astype(np.float64) - learner)
+    result = ProbeResult(float(difference.mean()), float(difference.max()))
+    if not result.mean <= tolerance:
+        raise ProbeError(
+            f"{name} does not compute with the learner's weights of version {version}: log-probs of the probe differ "
+            f"by {result.mean:.4g} nats on average ({result.max:.4g} at most), tolerance {tolerance:.4g}"
+        )
+    return result

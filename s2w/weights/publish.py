@@ -1,0 +1,214 @@
+"""A swap: the learner's weights become the next policy version in every engine, with the requests kept running.
+
+:func:`publish` drives both sides from the controller. It sees the learner as a :class:`WeightSource` and the pool of
+engines as a :class:`WeightSink`; each forwards a step by its name, to the :class:`~s2w.weights.transfer.Transfer` of
+every rank or to the :class:`WeightReceiver` of one engine. The same code runs over shared memory and over NCCL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from s2w.weights.transfer import Update
+
+RELEASE_TIMEOUT_S = 30.0
+"""For the learner to free what a swap used; it may be stuck in a broadcast that failed."""
+
+SendStep = Literal["prepare", "connect", "send", "release"]
+ReceiveStep = Literal["init", "pause", "update", "finish", "resume"]
+
+
+class WeightSource(Protocol):
+    """The learner group."""
+
+    async def send_weights(self, step: SendStep, *args: Any) -> Any:
+        """Calls the method ``step`` of every rank's ``Transfer`` at the same time; returns what rank 0 returns.
+
+        Raises:
+            Exception: that of the first rank that fails, without waiting for the others.
+        """
+
+
+class WeightSink(Protocol):
+    """The pool of engines."""
+
+    def weight_workers(self) -> dict[int, int]:
+        """Worker processes (tensor x pipeline parallel) of each engine, by its number.
+
+        An engine that replaces another has a number of its own: by the number it is seen that it must connect.
+        """
+
+    async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
+        """Calls the method ``step`` of that engine's :class:`WeightReceiver`."""
+
+
+class WeightReceiver:
+    """One engine's side; lives beside its ``AsyncLLM``."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.llm = llm
+
+    async def init(self, info: dict[str, Any]) -> None:
+        """Connects to the learner; ``info`` is the backend's ``init_info``."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self.llm.shutdown_weight_transfer_engine()  # The connection to an earlier group, if there is one.
+        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
+
+    async def pause(self) -> None:
+        """Stops scheduling; running requests stay and go on after :meth:`resume`.
+
+        Their KV cache is dropped and computed again from the new weights, so a token never mixes two versions, and
+        no later request finds a prefix that the old weights computed.
+        """
+        await self.llm.pause_generation(mode="keep", clear_cache=True)
+
+    async def update(self, info: dict[str, Any]) -> None:
+        """Loads the weights; ``info`` is the backend's ``update_info``.
+
+        Raises:
+            Exception: vLLM's, with the reason in its text. The weights are then a mixture of old and new: the
+                engine must not resume before an update succeeds.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self.llm.start_weight_update()
+        try:
+            await self.llm.update_weights(WeightTransferUpdateRequest(info))
+        except Exception:
+            # vLLM ends the session of the worker that raised; this ends it in the others, so that the next update
+            # can start.
+            with suppress(Exception):
+                await self.llm.finish_weight_update()
+            raise
+
+    async def finish(self, version: int) -> None:
+        """Makes the loaded weights policy ``version``: tokens sampled from here on carry it."""
+        await self.llm.finish_weight_update(weight_version=str(version))
+
+    async def resume(self) -> None:
+        """Lets requests go on."""
+        await self.llm.resume_generation()
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """What a swap cost; milliseconds of wall-clock time."""
+
+    version: int
+    bytes: int
+    """Of the model in the engines' dtype; each engine reads them once."""
+    gather_ms: float
+    """Before the engines stopped: gathering and, over shared memory, writing."""
+    pause_ms: float
+    """From the request to stop to the last engine's return to work."""
+    load_ms: float
+    """The part of ``pause_ms`` in which weights moved into the engines."""
+    total_ms: float
+
+
+class SwapError(RuntimeError):
+    """A swap failed in some engines.
+
+    Attributes:
+        engines: the errors by engine number. Such an engine has unknown weights or does not answer: it stays paused
+            until a later swap succeeds in it or it is replaced. All others are at work, with the old version if the
+            swap had not come to loading, else with the new one.
+    """
+
+    def __init__(self, version: int, step: str, engines: dict[int, BaseException]) -> None:
+        self.engines = engines
+        reasons = "; ".join(f"engine {engine}: {error}" for engine, error in engines.items())
+        super().__init__(f"swap to version {version} failed to {step}: {reasons}")
+
+
+async def publish(learner: WeightSource, pool: WeightSink, version: int, timeout_s: float = 600.0) -> SwapReport:
+    """Puts the learner's weights into every engine of the pool as policy ``version``.
+
+    Args:
+        timeout_s: of each step; a peer that died inside a broadcast shows in no other way.
+
+    Raises:
+        SwapError: engines failed; its text says which and why.
+        TimeoutError: the learner did not answer in time.
+        Exception: the learner's own. If weights were already on their way the engines stay paused.
+    """
+    workers = pool.weight_workers()
+    began = time.perf_counter()
+    loaded = began
+
+    async def source(step: SendStep, *args: Any) -> Any:
+        return await asyncio.wait_for(learner.send_weights(step, *args), timeout_s)
+
+    async def sink(engine: int, step: ReceiveStep, *args: Any) -> None:
+        await asyncio.wait_for(pool.receive_weights(engine, step, *args), timeout_s)
+
+    async def load(engine: int) -> None:
+        nonlocal loaded
+        await sink(engine, "update", update.info)
+        await sink(engine, "finish", version)
+        loaded = max(loaded, time.perf_counter())
+        await sink(engine, "resume")
+
+    try:
+        update: Update = await source("prepare", workers)
+        gathered = time.perf_counter()
+        if update.connect:
+            meeting = _each(update.connect, lambda engine: sink(engine, "init", update.connect[engine]))
+            _check(version, "connect", await _while_sending(source("connect"), meeting))
+        stop = time.perf_counter()
+        failed = await _each(workers, lambda engine: sink(engine, "pause"))
+        if failed:
+            await _each(workers.keys() - failed.keys(), lambda engine: sink(engine, "resume"))
+        _check(version, "pause", failed)
+        stopped = time.perf_counter()
+        _check(version, "load", await _while_sending(source("send"), _each(workers, load)))
+        resumed = time.perf_counter()
+    finally:
+        with suppress(Exception):
+            await asyncio.wait_for(learner.send_weights("release"), RELEASE_TIMEOUT_S)
+    return SwapReport(
+        version=version,
+        bytes=update.nbytes,
+        gather_ms=(gathered - began) * 1e3,
+        pause_ms=(resumed - stop) * 1e3,
+        load_ms=(loaded - stopped) * 1e3,
+        total_ms=(time.perf_counter() - began) * 1e3,
+    )
+
+
+async def _each(engines: Iterable[int], work: Callable[[int], Awaitable[None]]) -> dict[int, BaseException]:
+    """Does ``work`` for all engines at once, to the end of each; returns the errors by engine number."""
+    engines = list(engines)
+    results = await asyncio.gather(*(work(engine) for engine in engines), return_exceptions=True)
+    return {engine: r for engine, r in zip(engines, results, strict=True) if isinstance(r, BaseException)}
+
+
+async def _while_sending(
+    sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, dict[int, BaseException]]
+) -> dict[int, BaseException]:
+    """Runs both sides; returns the engines' errors, or raises the learner's if it fails before they end."""
+    sent, received = asyncio.create_task(sending), asyncio.create_task(receiving)
+    try:
+        await asyncio.wait({sent, received}, return_when=asyncio.FIRST_EXCEPTION)
+        errors = received.result() if received.done() else {}
+        if not errors:
+            await sent
+        return errors
+    finally:
+        for task in (sent, received):
+            task.cancel()
+        await asyncio.gather(sent, received, return_exceptions=True)
+
+
+def _check(version: int, step: str, errors: dict[int, BaseException]) -> None:
+    if errors:
+        raise SwapError(version, step, errors)

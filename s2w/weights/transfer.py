@@ -1,0 +1,194 @@
+"""The learner's side of a swap: how each rank takes part in moving the weights to the engines.
+
+Every learner rank holds one :class:`Transfer`; :func:`s2w.weights.publish.publish` calls the same method on all ranks,
+because gathering sharded weights is collective. Rank 0 alone sends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from s2w.weights import shm
+from s2w.weights.names import CheckpointStream
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+
+BUCKET_BYTES = 1 << 28
+"""Bytes that are broadcast at once; two buckets are in flight. A parameter larger than this is a bucket of its own."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What rank 0 announces to the engines."""
+
+    info: dict[str, Any]
+    """``update_info`` of vLLM's ``update_weights``."""
+    nbytes: int
+    connect: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """``init_info`` of each engine that must connect first, by engine number."""
+
+
+class Transfer(ABC):
+    """One learner rank's part; methods are called in the order prepare, connect (if asked for), send, release.
+
+    Args:
+        stream: the weights.
+        rank: of this process among the learner's ranks.
+    """
+
+    backend: str
+    """Name of vLLM's weight-transfer backend, for the engines' ``WeightTransferConfig``."""
+
+    def __init__(self, stream: CheckpointStream, rank: int) -> None:
+        self.stream, self.rank = stream, rank
+
+    @abstractmethod
+    def prepare(self, workers: dict[int, int]) -> Update | None:
+        """Does what can be done while the engines still generate; None on ranks other than 0.
+
+        Args:
+            workers: worker processes (tensor x pipeline parallel) of each engine, by engine number.
+        """
+
+    @abstractmethod
+    def connect(self) -> None:
+        """Meets the engines; they connect at the same time."""
+
+    @abstractmethod
+    def send(self) -> None:
+        """Sends the weights; the engines receive at the same time."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Frees what the swap needed, whether or not it succeeded."""
+
+
+class SharedMemoryTransfer(Transfer):
+    """CPU: the weights are written to memory that the engines of the same node map.
+
+    Gathering and writing come before the engines stop; one copy of the weights, in the engines' dtype, lives
+    from ``prepare`` to ``release``.
+    """
+
+    backend = shm.BACKEND
+    _segment: shm.Segment | None = None
+
+    def prepare(self, workers: dict[int, int]) -> Update | None:
+        if self.rank != 0:
+            self.stream.drain()
+            return None
+        self.release()
+        self._segment = shm.Segment(self.stream)
+        return Update({"segment": self._segment.info}, self.stream.nbytes)
+
+    def connect(self) -> None: ...
+
+    def send(self) -> None: ...
+
+    def release(self) -> None:
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+
+class NcclTransfer(Transfer):
+    """GPU: broadcast from rank 0 to every worker of every engine, by vLLM's own NCCL backend.
+
+    Not run on a GPU yet. Weights are gathered parameter by parameter while they are broadcast in buckets, so no
+    rank holds the whole model; the engines are paused for that long. Learner and engines have GPUs of their own:
+    vLLM's CUDA IPC backend, for a layout where they share them, is not used.
+    """
+
+    backend = "nccl"
+    _engine: NCCLTrainerWeightTransferEngine | None = None
+    _workers: dict[int, int] | None = None
+    """Engines that the communicator spans."""
+    _address: tuple[str, int] | None = None
+
+    def prepare(self, workers: dict[int, int]) -> Update | None:
+        if self.rank != 0:
+            return None
+        connect = {} if workers == self._workers else self._plan(workers)
+        metadata = self.stream.metadata()
+        info = {
+            "names": [tensor.name for tensor in metadata],
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in metadata],
+            "shapes": [list(tensor.shape) for tensor in metadata],
+        }
+        return Update(info, self.stream.nbytes, connect)
+
+    def _plan(self, workers: dict[int, int]) -> dict[int, dict[str, Any]]:
+        """Ranks in the new communicator: this process is 0, then the workers of one engine after the other."""
+        from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
+        from vllm.utils.network_utils import get_ip, get_open_port
+
+        self._workers, self._address = dict(workers), (get_ip(), get_open_port())
+        plans, offset = {}, 1
+        for engine, count in workers.items():
+            plan = NCCLWeightTransferInitInfo(
+                master_address=self._address[0],
+                master_port=self._address[1],
+                rank_offset=offset,
+                world_size=1 + sum(workers.values()),
+                packed=True,
+                packed_buffer_size_bytes=BUCKET_BYTES,
+            )
+            plans[engine] = worker_init_payload(plan)
+            offset += count
+        return plans
+
+    def connect(self) -> None:
+        if self.rank != 0:
+            return
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
+        )
+
+        assert self._workers is not None and self._address is not None
+        if self._engine is not None:
+            self._engine.shutdown()
+        address, port = self._address
+        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
+            NCCLTrainerInitInfo(address, port, 1 + sum(self._workers.values()), True, BUCKET_BYTES, rank=0),
+            client=_NoClient(),
+            source=cast(Any, self.stream),  # Has the two channels of vLLM's WeightSource.
+        )
+
+    def send(self) -> None:
+        if self.rank != 0:
+            self.stream.drain()
+            return
+        assert self._engine is not None
+        try:
+            self._engine.send_weights()
+        except BaseException:
+            # The communicator is unusable after a broken broadcast: the next swap makes another.
+            self._workers = None
+            raise
+
+    def release(self) -> None: ...
+
+
+class _NoClient:
+    """vLLM's trainer can drive the engines itself; here ``publish`` does, so that it can time and repair a swap."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: Any) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+TRANSFERS: dict[str, type[Transfer]] = {"cpu": SharedMemoryTransfer, "cuda": NcclTransfer}
+"""The transfer of each device; ``TRANSFERS[device].backend`` is what the engines are started with."""
+
+
+def create_transfer(device: str, stream: CheckpointStream, rank: int) -> Transfer:
+    """The transfer for learner and engines on ``device`` (``cuda`` or ``cpu``)."""
+    return TRANSFERS[device](stream, rank)
