@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from s2w.errors import ConfigError
@@ -87,8 +87,8 @@ def read_checkpoint(reference: str, revision: str | None = None) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+    except (StrictDataclassError, OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"Cannot read the configuration and tokenizer of {reference!r}: {reason}") from error
     return Checkpoint(reference, path, config, tokenizer, _eos_token_ids(path, tokenizer))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -171,20 +172,21 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
         for name in [n for n, v in fields.items() if isinstance(v, list) and len(v) == base.num_hidden_layers]:
             if "layer" in name:
                 del fields[name]
+    fields |= overrides
+    source = read_checkpoint(student.model, student.revision)
+    tokens = max(source.tokenizer.get_vocab().values()) + 1
+    if fields["vocab_size"] < tokens:
+        raise ConfigError(
+            f"student.overrides: vocab_size {fields['vocab_size']} is smaller than the tokenizer's {tokens} tokens"
+        )
     try:
-        config = type(base).from_dict({**fields, **overrides})
+        config = type(base).from_dict(fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"student.overrides make no {base.model_type} model: {reason}") from error
-    source = read_checkpoint(student.model, student.revision)
-    tokens = max(source.tokenizer.get_vocab().values()) + 1
-    if config.vocab_size < tokens:
-        raise ConfigError(
-            f"student.overrides: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokens} tokens"
-        )
     model.to(base.dtype or torch.float32).save_pretrained(target)
     _copy_text_files(source.path, target)
 

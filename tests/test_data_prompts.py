@@ -1,0 +1,223 @@
+"""Prompts: built from tasks and files, and streamed in a repeatable order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from omegaconf import OmegaConf
+from tiny_models import make_tokenizer
+
+from s2w.config import DataConfig
+from s2w.data.prompts import PromptStream, build_prompts
+from s2w.errors import ConfigError
+from s2w.modes import EMPTY_THINK_BLOCK
+from s2w.records import Prompt
+
+TOKENIZER = make_tokenizer()
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_tasks_are_mixed_in_equal_parts_and_modes() -> None:
+    data = DataConfig(tasks=["chain_sum", "gcd"], task_options={"chain_sum": {"max_terms": 2}}, train_prompts=9,
+                      heldout_prompts=4)  # fmt: skip
+    train, heldout = build_prompts(data, TOKENIZER, seed=7)
+    assert [prompt.uid for prompt in train[:4]] == [
+        "chain_sum/train/0", "gcd/train/0", "chain_sum/train/1", "gcd/train/1",
+    ]  # fmt: skip
+    assert Counter(prompt.task for prompt in train) == {"chain_sum": 5, "gcd": 4}
+    assert Counter((prompt.task, prompt.mode) for prompt in heldout) == {
+        (task, mode): 1 for task in data.tasks for mode in ("think", "no_think")
+    }
+    for prompt in train + heldout:
+        text = str(TOKENIZER.decode(prompt.token_ids))
+        assert prompt.token_ids.dtype == np.int32
+        assert prompt.messages[0]["content"] in text
+        assert text.endswith(EMPTY_THINK_BLOCK) == (prompt.mode == "no_think")
+        assert prompt.metadata["entry"]["answer"] == prompt.answer
+    again, _ = build_prompts(data, TOKENIZER, seed=7)
+    assert [(p.uid, p.seed, p.token_ids.tolist()) for p in again] == [
+        (p.uid, p.seed, p.token_ids.tolist()) for p in train
+    ]
+    assert {p.seed for p in build_prompts(data, TOKENIZER, seed=8)[0]}.isdisjoint(p.seed for p in train)
+
+
+def test_settings_may_come_from_omegaconf() -> None:
+    data = OmegaConf.structured(DataConfig(tasks=["gcd"], task_options={"gcd": {"max_numbers": 2}}, train_prompts=2,
+                                           heldout_prompts=1))  # fmt: skip
+    assert len(build_prompts(data, TOKENIZER, seed=0, modes=["think"])[0]) == 2
+
+
+def test_jsonl_and_parquet_give_the_same_prompts(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": user(f"{i}+{i}?"),
+            "answer": str(2 * i),
+            "task": "math_verify",
+            "mode": ("think", "no_think")[i % 2],
+        }
+        for i in range(6)
+    ]
+    jsonl = write_jsonl(tmp_path / "sums.jsonl", rows)
+    parquet = str(tmp_path / "sums.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    built = [
+        build_prompts(DataConfig(path=path, heldout_prompts=2, system_prompt="Add."), TOKENIZER, seed=0)
+        for path in (jsonl, parquet)
+    ]
+    [(train, heldout), (train_2, heldout_2)] = built
+    assert [prompt.uid for prompt in train] == [f"math_verify/train/{i}" for i in range(4)]
+    assert [prompt.uid for prompt in heldout] == ["math_verify/heldout/0", "math_verify/heldout/1"]
+    for a, b in zip(train + heldout, train_2 + heldout_2, strict=True):
+        assert (a.uid, a.messages, a.mode, a.answer, a.seed) == (b.uid, b.messages, b.mode, b.answer, b.seed)
+        assert np.array_equal(a.token_ids, b.token_ids)
+    assert train[1].messages[0] == {"role": "system", "content": "Add."}
+    assert [prompt.mode for prompt in train] == ["think", "no_think"] * 2
+
+
+def test_prompt_column_soft_switch_and_own_system_message(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "4+4? /no_think"},
+        {"prompt": [{"role": "system", "content": "Own."}, *user("5+5?")], "answer": 10},
+        {"prompt": "6+6?"},
+    ]
+    data = DataConfig(path=write_jsonl(tmp_path / "p.jsonl", rows), heldout_prompts=1, system_prompt="Add.")
+    train, heldout = build_prompts(data, TOKENIZER, seed=0, modes=["think"])
+    assert [prompt.mode for prompt in train] == ["no_think", "think"]
+    assert [prompt.messages[0]["content"] for prompt in train + heldout] == ["Add.", "Own.", "Add."]
+    assert (train[0].uid, train[0].task, train[0].answer) == ("p/train/0", "", None)
+    assert (train[1].uid, train[1].task, train[1].answer) == ("exact_match/train/1", "exact_match", "10")
+    assert heldout[0].uid == "p/heldout/0"
+
+
+def test_heldout_prompts_that_are_trained_on_are_left_out(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    heldout = write_jsonl(tmp_path / "heldout.jsonl", [{"prompt": "b"}, {"prompt": "c"}])
+    _, kept = build_prompts(DataConfig(path=train, heldout_path=heldout), TOKENIZER, seed=0)
+    assert [prompt.messages[0]["content"] for prompt in kept] == ["c"]
+    with pytest.raises(ConfigError, match="Every held-out prompt"):
+        build_prompts(DataConfig(path=train, heldout_path=train), TOKENIZER, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompts"),
+        ('{"question": "a", "answer": "b"}\n', r"neither `messages` nor `prompt`; its columns are: question, answer"),
+        ("not json\n", "line 1, is not JSON"),
+        ("[1]\n", "line 1, is not a JSON object"),
+        ('{"prompt": "a", "mode": "fast"}\n', "has mode 'fast'; a mode is think or no_think"),
+        ('{"prompt": "a /no_think", "mode": "think"}\n', "has mode 'think', but its messages say /no_think"),
+        ('{"prompt": "a", "task": "gdc"}\n', "no reasoning-gym task 'gdc'; did you mean 'gcd'"),
+        (
+            '{"messages": [{"from": "human", "value": "a"}]}\n',
+            "a message has a role .* and a content string",
+        ),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "the last message of a prompt is the user's"),
+        ('{"messages": []}\n', "a string or a list of messages"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        build_prompts(DataConfig(path=str(path), heldout_prompts=0), TOKENIZER, seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    def build(**fields: Any) -> None:
+        build_prompts(DataConfig(**fields), TOKENIZER, seed=0)
+
+    with pytest.raises(ConfigError, match=r"Set one of data\.tasks and data\.path$"):
+        build()
+    with pytest.raises(ConfigError, match="not both"):
+        build(tasks=["gcd"], path="x.jsonl")
+    with pytest.raises(ConfigError, match="There is no prompt file"):
+        build(path=str(tmp_path / "x.jsonl"))
+    (tmp_path / "x.csv").touch()
+    with pytest.raises(ConfigError, match=r"neither \.jsonl nor \.parquet"):
+        build(path=str(tmp_path / "x.csv"))
+    with pytest.raises(ConfigError, match=r"names 'lcm', which is not in data\.tasks"):
+        build(tasks=["gcd"], task_options={"lcm": {}})
+    with pytest.raises(ConfigError, match="names 'gcd' twice"):
+        build(tasks=["gcd", "gcd"])
+    with pytest.raises(ConfigError, match="has 1 prompts, too few to hold out 64"):
+        build(path=write_jsonl(tmp_path / "one.jsonl", [{"prompt": "a"}]))
+
+
+def test_prompt_that_is_too_long(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b " * 300}])
+    data = DataConfig(path=path, heldout_prompts=0)
+    length = build_prompts(data, TOKENIZER, seed=0)[0][1].token_ids.size
+    data.max_prompt_tokens = length
+    build_prompts(data, TOKENIZER, seed=0, context_length=length + 1)
+    with pytest.raises(
+        ConfigError, match=f"'p/train/1' has {length} tokens, more than {length - 1} .the models' context"
+    ):
+        build_prompts(data, TOKENIZER, seed=0, context_length=length)
+    data.max_prompt_tokens = length - 1
+    with pytest.raises(
+        ConfigError, match=f"'p/train/1' has {length} tokens, more than {length - 1} .data.max_prompt_tok"
+    ):
+        build_prompts(data, TOKENIZER, seed=0)
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"t/train/{i}", (), np.zeros(1, np.int32), "think", 0) for i in range(count)]
+
+
+def draw(stream: PromptStream, batches: int) -> list[tuple[str, int]]:
+    return [(prompt.uid, prompt.seed) for _ in range(batches) for prompt in stream.next_batch()]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 10, 23])
+def test_every_prompt_once_an_epoch(batch: int) -> None:
+    drawn = draw(PromptStream(prompts(10), batch, seed=1), 30)
+    for start in range(0, len(drawn) - 9, 10):
+        assert len({uid for uid, _ in drawn[start : start + 10]}) == 10
+    assert len({seed for _, seed in drawn}) == len(drawn)
+    assert [uid for uid, _ in drawn[:10]] != [uid for uid, _ in drawn[10:20]]
+
+
+def test_stream_repeats_and_resumes_anywhere() -> None:
+    whole = draw(PromptStream(prompts(10), 4, seed=1), 12)
+    assert draw(PromptStream(prompts(10), 4, seed=1), 12) == whole
+    assert draw(PromptStream(prompts(10), 4, seed=2), 12) != whole
+    for batches in range(12):
+        stream = PromptStream(prompts(10), 4, seed=1)
+        draw(stream, batches)
+        state = json.loads(json.dumps(stream.state_dict()))
+        resumed = PromptStream(prompts(10), 4, seed=1, state=state)
+        assert resumed.epoch == 4 * batches // 10
+        assert draw(resumed, 12 - batches) == whole[4 * batches :]
+
+
+def test_batch_size_may_change_on_resume() -> None:
+    stream = PromptStream(prompts(10), 4, seed=1)
+    draw(stream, 1)
+    resumed = PromptStream(prompts(10), 3, seed=1, state=stream.state_dict())
+    assert draw(resumed, 2) == draw(stream, 2)[:6]
+
+
+def test_stream_refuses_another_runs_state() -> None:
+    state = PromptStream(prompts(10), 4, seed=1).state_dict()
+    for other, seed in ((prompts(11), 1), (prompts(10), 2), (prompts(10)[::-1], 1)):
+        with pytest.raises(ConfigError, match="the checkpoint's prompts are not those of this run"):
+            PromptStream(other, 4, seed, state)
+    with pytest.raises(ConfigError, match="no training prompts"):
+        PromptStream([], 4, seed=1)
