@@ -91,6 +91,8 @@ class TeacherEngine:
                 max_num_seqs=config.max_sequences,
                 enable_chunked_prefill=True,
                 enable_prefix_caching=True,
+                # vLLM's default on CPU is 128: few prompts would share a whole block.
+                block_size=32 if self._device == "cpu" else None,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 enforce_eager=config.enforce_eager,
                 disable_log_stats=True,

@@ -26,6 +26,10 @@ SHUTDOWN_S = 30
 logger = logging.getLogger(__name__)
 
 
+class EngineLostError(RuntimeError):
+    """A teacher engine died during a call."""
+
+
 class Dispatcher:
     """Chooses a replica for each rollout.
 
@@ -63,7 +67,7 @@ class Dispatcher:
 @dataclass
 class _Replica:
     actor: Any
-    up: asyncio.Event
+    up: bool = False
     replacement: asyncio.Task[None] | None = None
     error: Exception | None = None
     """Why its last replacement did not start."""
@@ -94,7 +98,7 @@ class TeacherPool:
         self._arguments = (device, dtype, max_model_len)
         self._device = device
         self._dispatcher = Dispatcher(config.replicas)
-        self._replicas = [_Replica(self._create(i), asyncio.Event()) for i in range(config.replicas)]
+        self._replicas = [_Replica(self._create(i)) for i in range(config.replicas)]
         self._timeout_s = 0.0
 
     async def start(self, timeout_s: float) -> dict[str, Any]:
@@ -106,7 +110,7 @@ class TeacherPool:
         self._timeout_s = timeout_s
         facts = await first_error("teacher", [replica.actor.start.remote() for replica in self._replicas], timeout_s)
         for replica in self._replicas:
-            replica.up.set()
+            replica.up = True
         return facts[0]
 
     async def score(self, rollout: Rollout) -> TeacherSignal:
@@ -119,9 +123,9 @@ class TeacherPool:
         for _ in range(ATTEMPTS):
             replica, tokens = self._dispatcher.assign(rollout, await self._alive())
             try:
-                return await self._call(replica, "score", rollout, self._request)
-            except (RayActorError, TeacherEngineDiedError) as error:
-                self._replace(replica, error)
+                return await self._call(replica, "score", rollout)
+            except EngineLostError:
+                continue
             finally:
                 self._dispatcher.release(replica, tokens)
         raise RuntimeError(f"{rollout.uid}: {ATTEMPTS} teacher engines died while they scored it")
@@ -140,8 +144,15 @@ class TeacherPool:
         signals: dict[int, TeacherSignal] = {}
 
         async def score_share(replica: int, share: list[int]) -> None:
-            results = await self._call(replica, "score_batch", [rollouts[i] for i in share], self._request)
-            signals.update(zip(share, results, strict=True))
+            for _ in range(ATTEMPTS):
+                await self._until_up(replica)
+                try:
+                    results = await self._call(replica, "score_batch", [rollouts[i] for i in share])
+                except EngineLostError:
+                    continue
+                signals.update(zip(share, results, strict=True))
+                return
+            raise RuntimeError(f"teacher {replica} died {ATTEMPTS} times while it scored {rollouts[share[0]].uid}, ...")
 
         async with asyncio.TaskGroup() as group:
             for replica, share in enumerate(shares):
@@ -151,7 +162,7 @@ class TeacherPool:
 
     async def stats(self) -> list[dict[str, float]]:
         """:meth:`TeacherEngine.stats` of the replicas that are up."""
-        up = [replica.actor.stats.remote() for replica in self._replicas if replica.up.is_set()]
+        up = [replica.actor.stats.remote() for replica in self._replicas if replica.up]
         return list(await asyncio.gather(*up))
 
     async def shutdown(self) -> None:
@@ -168,32 +179,47 @@ class TeacherPool:
         actor = ray.remote(TeacherEngine).options(**actor_options(self._device, config.cpus, world))
         return actor.remote(config, index, *self._arguments)
 
-    async def _call(self, replica: int, method: str, *arguments: Any) -> Any:
-        """One call of a replica; cancelling it takes its requests out of the engine."""
-        call = getattr(self._replicas[replica].actor, method).remote(*arguments)
+    async def _call(self, index: int, method: str, rollouts: Rollout | list[Rollout]) -> Any:
+        """One call of a replica; cancelling it takes its requests out of the engine.
+
+        Raises:
+            EngineLostError: if the engine died; its replacement is on the way.
+        """
+        actor = self._replicas[index].actor
+        call = getattr(actor, method).remote(rollouts, self._request)
         try:
             return await call
         except asyncio.CancelledError:
             ray.cancel(call)
             raise
+        except (RayActorError, TeacherEngineDiedError) as error:
+            self._replace(index, actor, error)
+            raise EngineLostError from error
 
     async def _alive(self) -> list[int]:
         """Replicas that are up; waits for a replacement if none is."""
-        while not (alive := [i for i, replica in enumerate(self._replicas) if replica.up.is_set()]):
-            pending = [replica.replacement for replica in self._replicas if replica.replacement]
-            running = [task for task in pending if not task.done()]
+        while not (alive := [i for i, replica in enumerate(self._replicas) if replica.up]):
+            running = [replica.replacement for replica in self._replicas if replica.replacement]
+            running = [task for task in running if not task.done()]
             if not running:
                 raise RuntimeError("no teacher engine is left") from self._replicas[0].error
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         return alive
 
-    def _replace(self, index: int, error: Exception) -> None:
-        """Starts a new actor in the place of a dead one, in the background."""
+    async def _until_up(self, index: int) -> None:
         replica = self._replicas[index]
-        if not replica.up.is_set():
+        if not replica.up and replica.replacement:
+            await asyncio.wait([replica.replacement])
+        if not replica.up:
+            raise RuntimeError(f"teacher {index} is lost") from replica.error
+
+    def _replace(self, index: int, actor: Any, error: Exception) -> None:
+        """Starts a new actor in the place of the dead ``actor``, in the background."""
+        replica = self._replicas[index]
+        if replica.actor is not actor or not replica.up:
             return  # another rollout has found it dead before
         logger.warning("teacher %d died and is replaced: %s", index, error)
-        replica.up.clear()
+        replica.up = False
         self._dispatcher.forget(index)
         replica.replacement = asyncio.create_task(self._restart(index))
 
@@ -207,7 +233,7 @@ class TeacherPool:
             logger.error("teacher %d could not be replaced: %s", index, error)
             replica.error = error
         else:
-            replica.up.set()
+            replica.up = True
 
     async def _end(self, actor: Any) -> None:
         """Ends an engine, dead or alive; the kill frees what a stuck one holds."""

@@ -39,10 +39,11 @@ def as_teacher(config: PretrainedConfig) -> PretrainedConfig:
     Raises:
         ValueError: if the model is not a ``*ForCausalLM``.
     """
-    architecture = (config.architectures or [""])[0]
-    if not architecture.endswith("ForCausalLM"):
-        raise ValueError(f"a teacher is a *ForCausalLM model, not {architecture or 'one without an architecture'}")
-    config.architectures = [PREFIX + architecture.removeprefix(PREFIX)]
+    architecture = next(iter(config.architectures or []), "")
+    if architecture:  # vLLM also asks with an empty configuration, for the model type
+        if not architecture.endswith("ForCausalLM"):
+            raise ValueError(f"a teacher is a *ForCausalLM model, not {architecture}")
+        config.architectures = [PREFIX + architecture.removeprefix(PREFIX)]
     config.head_dtype = "model"  # vLLM gives pooling models a float32 head, twice as slow
     return config
 
