@@ -6,6 +6,7 @@ import ast
 import difflib
 import inspect
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,13 @@ def help_text() -> str:
 def _walk(kind: type, prefix: str) -> Any:
     texts = _documentation(kind)
     for field in fields(kind):
-        default = field.default_factory() if callable(field.default_factory) else field.default
+        default: Any = field.default_factory() if callable(field.default_factory) else field.default
         if is_dataclass(default):
             yield from _walk(type(default), f"{prefix}{field.name}.")
         else:
             shown = getattr(default, "value", default)
             text = texts.get(field.name, "")
-            if hasattr(default, "value"):
+            if isinstance(default, Enum):
                 choices = _documentation(type(default))
                 text += "".join(f"\n{choice.value}: {choices.get(choice.name, '')}" for choice in type(default))
             yield prefix + field.name, shown, text.strip()

@@ -8,13 +8,13 @@ AVX512-BF16) and float32 elsewhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 
-class SignalKind(str, Enum):
+class SignalKind(StrEnum):
     """What the teacher says about each response token."""
 
     hidden = "hidden"
@@ -27,7 +27,7 @@ class SignalKind(str, Enum):
     """The teacher's log-prob of the sampled token: reverse KL by policy gradient."""
 
 
-class StudentInit(str, Enum):
+class StudentInit(StrEnum):
     """Where the student's first weights come from."""
 
     checkpoint = "checkpoint"
@@ -38,7 +38,7 @@ class StudentInit(str, Enum):
     """Random weights for the configuration of ``student.model``, changed by ``student.overrides``."""
 
 
-class Schedule(str, Enum):
+class Schedule(StrEnum):
     """Learning rate after warm-up."""
 
     constant = "constant"
@@ -254,6 +254,8 @@ class ClusterConfig:
     """Ray address; null joins the cluster of `ray job submit` or starts one on this machine."""
     device: str = "auto"
     """cuda, cpu, or auto: cuda if the cluster has GPUs."""
+    log_to_driver: bool = False
+    """Show what the actors print (vLLM's and DeepSpeed's messages); Ray's log directory has it in any case."""
     start_timeout_s: int = 900
     """How long actors may take to be placed and to load their models."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from s2w.observe.step_report import StepReporter
 from s2w.records import Heldout, Prompt, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.pool import TeacherPool
-from s2w.weights.probe import Probe, ProbeResult
+from s2w.weights.probe import ProbeResult, compare
 from s2w.weights.publish import SwapReport, publish
 
 
@@ -58,7 +59,7 @@ class Controller:
         recorder: Recorder,
         progress: Progress,
         reporter: StepReporter,
-        probe: Probe,
+        probe_tolerance: float,
         step: int,
         checkpoints: Path,
     ) -> None:
@@ -69,14 +70,14 @@ class Controller:
         self.step = self.saved = step
         self.position = stream.state_dict()
         self.checkpoints = checkpoints
-        self.probe, self.probe_ids = probe, heldout[0].token_ids
+        self.probe_tolerance, self.probe_ids = probe_tolerance, heldout[0].token_ids
 
     async def run(self) -> None:
         """Does the steps that are left, then saves."""
         ahead: deque[Batch] = deque()
         try:
             await self.swap()
-            if self.recorder.first_heldout() is None:
+            if not self.recorder.evaluations():
                 await self.evaluate()
             while self.step < self.loop.steps:
                 self.reporter.begin()
@@ -84,10 +85,12 @@ class Controller:
                     ahead.append(self.launch())
                 batch = ahead.popleft()
                 samples = await batch.samples
+                learning = time.time()
                 update = await self.learner.step(samples, self.step)
                 self.step, self.position = self.step + 1, batch.position
+                swapping = time.time()
                 swap, probe = await self.swap()
-                report = self.reporter.finish(self.step, samples, update, swap, probe)
+                report = self.reporter.finish(self.step, samples, update, swap, probe, learning, swapping)
                 self.recorder.step(report)
                 self.progress.step(report)
                 if self.due(self.loop.eval_every) or self.step == self.loop.steps:
@@ -132,9 +135,13 @@ class Controller:
         """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
         swap = await publish(self.learner, self.rollouts, self.step)
         engines, model = await asyncio.gather(
-            self.rollouts.log_probs(self.probe_ids), self.learner.log_probs(self.probe_ids)
+            self.rollouts.log_probs(self.probe_ids), self.learner.probe(self.probe_ids)
         )
-        return swap, self.probe.check(engines, model, self.step)
+        probes = [
+            compare(engine, model, name=f"rollout engine {i}", version=self.step, tolerance=self.probe_tolerance)
+            for i, engine in enumerate(engines)
+        ]
+        return swap, max(probes, key=lambda probe: probe.mean)
 
     async def evaluate(self) -> None:
         """Held-out KL of the current version, on fresh rollouts."""

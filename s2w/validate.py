@@ -135,9 +135,9 @@ def _check_numbers(config: Config) -> None:
         "learner.max_grad_norm": config.learner.max_grad_norm,
         "rollout.temperature": config.rollout.temperature,
     }
-    for name, value in at_least_zero.items():
-        if value < 0:
-            raise ConfigError(f"{name}={value}: write 0 or more")
+    for name, amount in at_least_zero.items():
+        if amount < 0:
+            raise ConfigError(f"{name}={amount}: write 0 or more")
     if config.learner.learning_rate <= 0 or not math.isfinite(config.learner.learning_rate):
         raise ConfigError(f"learner.learning_rate={config.learner.learning_rate}: write a number above 0")
     if config.learner.zero_stage not in (0, 1, 2, 3):
@@ -170,7 +170,7 @@ def _check_loss(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(f"loss.divergence={loss.divergence}: {error}") from error
     carriage = carries(config.signal.kind.value, loss.divergence)
-    if not carriage.possible:
+    if carriage.strength == "not possible":
         raise ConfigError(
             f"signal.kind={config.signal.kind.value} cannot carry loss.divergence={loss.divergence}: {carriage.reason}"
         )

@@ -19,7 +19,7 @@ def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
 
     The workers are child processes of the actor, so the actor reserves all of the engine's GPUs on one node.
     """
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
         # Idle OpenMP threads must sleep: engines and learner ranks share the cores.
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
@@ -41,7 +41,6 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
     lists = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(world)]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in lists)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
-    os.environ["OMP_NUM_THREADS"] = str(share)
 
 
 async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -> list[Any]:

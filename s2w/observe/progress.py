@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from s2w.records import Heldout, StepReport
 
@@ -28,10 +29,10 @@ class Progress:
         """A line of its own."""
         print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
-    def under_way(self, step: int, written: int, scored: int, samples: int) -> None:
-        """What the step under way has done; shown on a terminal only."""
+    def under_way(self, written: int, scored: int, samples: int) -> None:
+        """What the batch under way has come to; shown on a terminal only."""
         if self._live:
-            line = f"\r\x1b[K  step {step}: {written}/{samples} written, {scored}/{samples} scored"
+            line = f"\r\x1b[K  {written}/{samples} written, {scored}/{samples} scored"
             print(line, end="", flush=True)
 
     def step(self, report: StepReport) -> None:
@@ -73,3 +74,19 @@ class Progress:
             f"held-out at version {result.version}: forward KL {result.forward_kl:.4f}, "
             f"reverse KL {result.reverse_kl:.4f} nats a token over {result.tokens:,} tokens"
         )
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """What the run ends with; ``summary`` is that of summary.json."""
+        before, after = summary["heldout"]["before"], summary["heldout"]["after"]
+        self.say("")
+        self.say(f"{'held-out KL, nats a token':<28}{'before':>10}{'after':>10}{'ratio':>9}")
+        rows = {"forward_kl": "forward, KL(teacher||student)", "reverse_kl": "reverse, KL(student||teacher)"}
+        for name, text in rows.items():
+            ratio = after[name] / before[name] if before[name] else float("nan")
+            self.say(f"{text:<29}{before[name]:>9.4f}{after[name]:>10.4f}{ratio:>9.3f}")
+        rates = summary["tokens_per_second"]
+        if rates:
+            self.say("tokens per second: " + ", ".join(f"{stage} {rate:,.0f}" for stage, rate in rates.items()))
+            swap, error = summary["swap_ms"], summary["probe_error"]
+            self.say(f"swap {swap:.0f} ms (median), probe error {error:.1e} nats (largest)")
+        self.say(f"wall time {summary['wall_seconds']:.0f} s")

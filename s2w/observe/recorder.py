@@ -60,13 +60,11 @@ class Recorder:
         _append(self.heldout_lines, line)
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
 
-    def first_heldout(self) -> Heldout | None:
-        """The evaluation before the first update, where this run has one already."""
+    def evaluations(self) -> list[Heldout]:
+        """All held-out evaluations of this run so far, also from before it was resumed."""
         if not self.heldout_lines.exists():
-            return None
-        with self.heldout_lines.open() as lines:
-            first = next(lines, None)
-        return Heldout(**json.loads(first)) if first else None
+            return []
+        return [Heldout(**json.loads(line)) for line in self.heldout_lines.read_text().splitlines()]
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""

@@ -38,12 +38,15 @@ class StepReporter:
         update: LearnerStep,
         swap: SwapReport,
         probe: ProbeResult,
+        learning: float,
+        swapping: float,
     ) -> StepReport:
         """The report of the step that ends now.
 
         Args:
             step: updates done, this one included.
             samples: the batch that was learned.
+            learning, swapping: when the update and the swap began, ``time.time()``.
         """
         now = time.time()
         rollouts = [sample.rollout for sample in samples]
@@ -59,22 +62,22 @@ class StepReporter:
                 prompt + response - sum(sample.signal.cached_tokens for sample in samples),
                 self._worked("score", [(s.signal.teacher, s.signal.started, s.signal.finished) for s in samples], step),
             ),
-            "learn": (prompt + response, self._worked("learn", [(0, update.started, update.finished)], step)),
+            "learn": (prompt + response, self._worked("learn", [(0, learning, learning + update.seconds)], step)),
         }
-        self._worked("swap", [(0, swap.started, swap.started + swap.total_ms / 1e3)], step)
-        for stage, (tokens, seconds) in work.items():
+        self._worked("swap", [(0, swapping, swapping + swap.total_ms / 1e3)], step)
+        for stage, (tokens, spent) in work.items():
             self._tokens[stage] += tokens
-            self._seconds[stage] += seconds
+            self._seconds[stage] += spent
         self._swaps.append((swap.pause_ms, probe.mean))
         ages = [(step - 1 - span.version, span.stop - span.start) for r in rollouts for span in r.versions]
         finish = Counter(rollout.finish_reason for rollout in rollouts)
         return StepReport(
             step=step,
             loss=update.loss,
-            divergence=update.divergence,
-            student_entropy=update.student_entropy,
-            teacher_entropy=update.teacher_entropy,
-            agreement=update.agreement,
+            divergence=update.means.divergence,
+            student_entropy=update.means.student_entropy,
+            teacher_entropy=update.means.teacher_entropy,
+            agreement=update.means.agreement,
             grad_norm=update.grad_norm,
             learning_rate=update.learning_rate,
             prompts=len({rollout.prompt.uid for rollout in rollouts}),
@@ -83,7 +86,7 @@ class StepReporter:
             finish={reason: count / len(rollouts) for reason, count in sorted(finish.items())},
             staleness_mean=sum(age * tokens for age, tokens in ages) / response,
             staleness_max=max(age for age, _ in ages),
-            tokens_per_second={stage: tokens / seconds for stage, (tokens, seconds) in work.items()},
+            tokens_per_second={stage: tokens / spent for stage, (tokens, spent) in work.items()},
             busy=self.timeline.busy(self._began, now),
             signal_bytes_per_token=sum(sample.signal.nbytes for sample in samples) / response,
             swap_ms=swap.pause_ms,

@@ -60,7 +60,7 @@ class RolloutEngine:
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=model,
-                dtype=dtype,
+                dtype=dtype,  # type: ignore[arg-type]  # a Literal of vLLM's
                 tensor_parallel_size=config.tensor_parallel,
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_sequences,
@@ -73,6 +73,7 @@ class RolloutEngine:
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFERS[device].backend),
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 **options,
             )
         )
@@ -86,6 +87,7 @@ class RolloutEngine:
     async def generate(self, prompt: Prompt, sample: int, max_tokens: int | None = None) -> Rollout:
         """Samples response ``sample`` of ``prompt`` with seed ``prompt.seed + sample``."""
         from vllm import SamplingParams
+        from vllm.logprobs import FlatLogprobs
         from vllm.sampling_params import RequestOutputKind
 
         config = self.config
@@ -107,6 +109,7 @@ class RolloutEngine:
         [output] = [output async for output in stream]
         completion = output.outputs[0]
         flat = completion.logprobs
+        assert isinstance(flat, FlatLogprobs) and completion.weight_versions
         first = np.asarray(flat.start_indices)
         # The sampled token comes first at each position, then the k most likely ones.
         candidates = None
