@@ -10,6 +10,7 @@ import pytest
 import reasoning_gym
 
 from s2w.data.tasks import derive_seed, generate, score, task_names
+from s2w.data.verifier_process import VerifierProcess
 from s2w.data.verifiers import check_verifier, extract_answer, verify
 from s2w.errors import ConfigError
 from s2w.records import Prompt
@@ -134,3 +135,14 @@ def test_derived_seeds_are_stable() -> None:
     """Written down: another value would change every run that is resumed."""
     assert derive_seed("chain_sum", "train", 0, 0) == 1917463402
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_answer_that_never_ends_scores_zero() -> None:
+    """In this process the scorer would not come back; the next answer is scored as if nothing had been."""
+    entry = generate("countdown", 1, 1, seed=0)[0][0]
+    countdown = prompt("countdown", entry["answer"], entry=entry)
+    with VerifierProcess(timeout_s=1.0) as verifier:
+        assert verifier.verify(countdown, "9**9**9") == 0.0
+        assert verifier.verify(countdown, entry["answer"]) == 1.0
+        with pytest.raises(ConfigError, match="it has no task"):
+            verifier.verify(prompt("", None), "4")

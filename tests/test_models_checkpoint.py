@@ -44,6 +44,8 @@ def test_generation_config_names_every_end(tied: Path, tmp_path: Path) -> None:
 def test_missing_directory_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"No checkpoint directory at .*nowhere.*config\.json, or a hub id"):
         resolve_path(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="No checkpoint directory at"):
+        resolve_path("")
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         resolve_path(str(tmp_path))
 

@@ -80,7 +80,8 @@ def generate(
 def score(name: str, answer: str, entry: Entry, options: Mapping[str, Any] | None = None) -> float:
     """reasoning-gym's score of an answer, in [0, 1]; 1 is right, some tasks give part marks.
 
-    A scorer that fails on the answer's text (several parse it) scores it 0.
+    A scorer that fails on the answer's text (several evaluate it) scores it 0; one that never ends needs
+    :class:`s2w.data.verifier_process.VerifierProcess`.
     """
     scorer = _scorer(name, json.dumps(dict(options or {}), sort_keys=True))
     try:

@@ -49,7 +49,7 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
         ConfigError: there is no such directory and the hub does not give it.
     """
     path = Path(reference).expanduser()
-    if path.is_dir():
+    if reference and path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"{reference!r} is not a checkpoint: the directory has no config.json")
         return path
