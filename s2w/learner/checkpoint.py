@@ -1,0 +1,156 @@
+"""Checkpoints of the learner: a Hugging Face model that any library loads, and the state to continue from.
+
+::
+
+    checkpoints/
+      step_000010/
+        config.json, generation_config.json, model.safetensors (or shards and their index), tokenizer files
+        optimizer/     DeepSpeed's files of every rank (weights, float32 master copy, moments) and RNG states
+        state.json     step, shape of the learner group, and what the caller gave
+      latest -> step_000010
+
+A checkpoint is written under a temporary name and renamed when it is whole, so a directory called ``step_*`` is
+complete. On several nodes the directory must be on a file system that all of them share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from s2w.models.checkpoint import TEXT_FILES
+
+STATE_FILE = "state.json"
+OPTIMIZER_DIR = "optimizer"
+MAX_SHARD_BYTES = 5 * 2**30
+
+_MODEL_FILES = {"config.json", "generation_config.json", STATE_FILE}
+_STEP_DIR = re.compile(r"step_\d{6,}")
+
+
+def step_dir(root: Path, step: int) -> Path:
+    """Directory of the checkpoint after ``step`` optimizer steps."""
+    return root / f"step_{step:06d}"
+
+
+def begin(root: Path, step: int) -> Path:
+    """Makes the temporary directory that :func:`commit` turns into the checkpoint of ``step``."""
+    directory = root / f"{step_dir(root, step).name}.partial"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def commit(partial: Path, state: dict[str, Any], keep: int) -> Path:
+    """Writes ``state.json``, gives the checkpoint its name, points ``latest`` to it, deletes all but the last ``keep``.
+
+    Args:
+        partial: what :func:`begin` returned, with every rank's files in it.
+        state: JSON values.
+        keep: checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    root = partial.parent
+    final = root / partial.name.removesuffix(".partial")
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+
+    link = root / "latest.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(root / "latest")
+
+    complete = sorted(path for path in root.iterdir() if _STEP_DIR.fullmatch(path.name))
+    for path in complete[: -max(1, keep)]:
+        if path != final:
+            shutil.rmtree(path)
+    return final
+
+
+def latest(root: Path) -> Path | None:
+    """The last complete checkpoint under ``root``, or None."""
+    link = root / "latest"
+    return root / os.readlink(link) if link.is_symlink() else None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        FileNotFoundError: ``directory`` is no complete checkpoint.
+    """
+    return json.loads((directory / STATE_FILE).read_text())
+
+
+def write_texts(directory: Path, model: PreTrainedModel, source: Path) -> None:
+    """Writes configuration and generation configuration of ``model``; copies the tokenizer's files from ``source``.
+
+    The tokenizer's files are those of the checkpoint that the student started from, byte for byte.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    for pattern in TEXT_FILES:
+        for path in source.glob(pattern):
+            if path.name not in _MODEL_FILES and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, directory / path.name)
+
+
+def write_weights(
+    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes safetensors as ``save_pretrained`` lays them out, holding one shard in memory.
+
+    Args:
+        tensors: names of the checkpoint and tensors, each valid until the next is asked for.
+        max_shard_bytes: a larger single tensor is a shard of its own.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total_bytes = total_parameters = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        path = directory / f"shard-{len(shards)}.partial"
+        save_file(pending, path, metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+        pending.clear()
+        pending_bytes = 0
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+        total_parameters += tensor.numel()
+    flush()
+
+    if len(shards) == 1:
+        shards[0][0].rename(directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {
+        "metadata": {"total_parameters": total_parameters, "total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

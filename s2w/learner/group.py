@@ -1,0 +1,331 @@
+"""The learner as the controller sees it: places the ranks, shares out the work, gathers what they report."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from s2w.config import Config
+from s2w.hardware import resolve_dtype
+from s2w.learner import checkpoint
+from s2w.learner.batching import plan_micro_batches
+from s2w.learner.divergence import make_divergence
+from s2w.learner.schedule import learning_rate
+from s2w.learner.worker import LearnerRank, MicroBatchWork, RankSpec, RankStep, StepRefusedError, sequence_length
+from s2w.records import Scored
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMeans:
+    """Means over response tokens; KL and entropies in nats a token."""
+
+    tokens: int
+    divergence: float
+    student_entropy: float
+    teacher_entropy: float
+    """NaN with signal ``sampled``."""
+    agreement: float
+    """Share of tokens where both have the same most likely token; NaN with signal ``sampled``."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerStep:
+    """What one optimizer step did."""
+
+    loss: float
+    """The objective, mean over response tokens: the divergence, times temperature^2 where that is set."""
+    means: TokenMeans
+    by_mode: dict[str, TokenMeans]
+    """The same for the samples of each mode."""
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    learning_rate: float
+    seconds: float
+    signal_bytes: int
+    """Taken out of the object store."""
+    wait_seconds: float
+    """Time without work, waiting for signals; of the rank that waited longest."""
+    micro_batches: int
+    """Of each rank."""
+
+
+class LearnerError(RuntimeError):
+    """The group cannot be used any more: a rank failed alone, so all were ended; start another group."""
+
+
+@dataclass
+class LearnerGroup:
+    """DeepSpeed ranks in Ray actors. One call at a time: a call made while another runs waits for it.
+
+    Made by :meth:`start`.
+    """
+
+    config: Config
+    device: str
+    ranks: list[Any]
+    placement: PlacementGroup
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @classmethod
+    async def start(cls, config: Config, student: Path, device: str, vocab_size: int) -> LearnerGroup:
+        """Places the ranks, loads the student and the teacher's head.
+
+        Args:
+            student: directory of the checkpoint to start from.
+            device: cuda or cpu.
+            vocab_size: ids that student and teacher share.
+
+        Raises:
+            TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``.
+            LearnerError: a rank failed to start.
+        """
+        learner = config.learner
+        bundle = {"CPU": learner.cpus} | ({"GPU": learner.gpus} if device == "cuda" else {})
+        placement = placement_group([bundle] * learner.ranks, strategy="PACK")
+        try:
+            await asyncio.wait_for(placement.ready(), config.cluster.start_timeout_s)
+        except TimeoutError:
+            remove_placement_group(placement)
+            raise TimeoutError(
+                f"no room for {learner.ranks} learner ranks of {bundle} within {config.cluster.start_timeout_s} s; "
+                f"free in the cluster: {ray.available_resources()}"
+            ) from None
+
+        ranks = [
+            ray.remote(LearnerRank)
+            .options(
+                num_cpus=learner.cpus,
+                num_gpus=learner.gpus if device == "cuda" else 0,
+                runtime_env={"env_vars": _environment(device)},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
+            )
+            .remote(rank, learner.ranks)
+            for rank in range(learner.ranks)
+        ]
+        group = cls(config, device, ranks, placement)
+        try:
+            async with asyncio.timeout(config.cluster.start_timeout_s):
+                await group._connect()
+                await group.build(student, vocab_size)
+        except BaseException:
+            group.shutdown()
+            raise
+        return group
+
+    async def build(self, student: Path, vocab_size: int) -> None:
+        """Makes the engines anew from ``config``, with the weights in ``student`` and a fresh optimizer.
+
+        Args:
+            student: directory of the checkpoint to start from.
+            vocab_size: ids that student and teacher share.
+        """
+        config = self.config
+        spec = RankSpec(
+            learner=config.learner,
+            loss=config.loss,
+            signal=config.signal.kind.value,
+            student=student.absolute(),
+            teacher=config.teacher.model,
+            teacher_revision=config.teacher.revision,
+            vocab_size=vocab_size,
+            device=self.device,
+            dtype=resolve_dtype(config.learner.dtype, self.device),
+            engine_dtype=resolve_dtype(config.rollout.dtype, self.device),
+            seed=config.run.seed,
+            run_dir=Path(config.run.dir).absolute(),
+        )
+        await self._call("build", [(spec,)] * len(self.ranks))
+
+    async def step(self, samples: Sequence[Scored], step: int) -> LearnerStep:
+        """One optimizer step on all of ``samples``; ``step`` is 0 for the first.
+
+        Raises:
+            ValueError: no samples, or one without response tokens.
+            SignalLostError, NonFiniteError: the message names the samples; weights and optimizer are as before.
+            LearnerError: a rank failed alone.
+        """
+        began = time.perf_counter()
+        rate = learning_rate(self.config.learner, step, self.config.loop.steps)
+        plan = self._share_out(samples)
+        tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+        reports: list[RankStep] = await self._call("step", [(work, tokens, rate, step) for work in plan])
+
+        modes = [s.rollout.prompt.mode for work in plan for item in work if item.weighted for s in item.samples]
+        counts = [len(s.rollout.token_ids) for work in plan for item in work if item.weighted for s in item.samples]
+        sums = np.concatenate([report.sums for report in reports])
+        by_mode: dict[str, TokenMeans] = {}
+        for mode in sorted(set(modes)):
+            chosen = np.array([m == mode for m in modes])
+            by_mode[mode] = _means(sums[chosen], int(np.array(counts)[chosen].sum()))
+        return LearnerStep(
+            loss=math.fsum(report.loss_sum for report in reports) / tokens,
+            means=_means(sums, tokens),
+            by_mode=by_mode,
+            grad_norm=reports[0].grad_norm,
+            learning_rate=rate,
+            seconds=time.perf_counter() - began,
+            signal_bytes=sum(report.signal_bytes for report in reports),
+            wait_seconds=max(report.wait_seconds for report in reports),
+            micro_batches=len(plan[0]),
+        )
+
+    async def evaluate(self, samples: Sequence[Scored], divergences: Sequence[str]) -> dict[str, float]:
+        """Means of divergences over the response tokens of ``samples``, in nats, at the temperature of the loss.
+
+        With signals ``topk`` and ``ids`` they are those of the coarsened distributions, lower bounds of the exact
+        ones; with ``sampled`` only ``reverse_kl`` is known, as an estimate, and the others are NaN.
+
+        Raises:
+            ValueError: unknown divergence, no samples, or one without response tokens.
+            SignalLostError: the message names the sample.
+        """
+        loss = self.config.loss
+        named = [(name, make_divergence(name, beta=loss.beta, alpha=loss.alpha)) for name in divergences]
+        results = await self._call("evaluate", [(work, named) for work in self._share_out(samples)])
+        tokens = sum(count for count, _ in results)
+        return {name: math.fsum(sums[name] for _, sums in results) / tokens for name in divergences}
+
+    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-prob of each token but the first, given those before it: float32 [n - 1], in nats."""
+        return (await self._call("probe", [(token_ids,)] * len(self.ranks)))[0]
+
+    async def send_weights(self, step: str, *args: Any) -> Any:
+        """A step of a weight swap on all ranks; returns what rank 0 returns (:mod:`s2w.weights.publish`)."""
+        return (await self._call("send_weights", [(step, *args)] * len(self.ranks)))[0]
+
+    async def save(self, root: Path, step: int, data: dict[str, Any], keep: int) -> Path:
+        """Writes the checkpoint after ``step`` optimizer steps under ``root``; see :mod:`s2w.learner.checkpoint`.
+
+        Args:
+            data: JSON values that :meth:`load` gives back, such as the position in the data.
+            keep: checkpoints to keep, this one included.
+
+        Returns:
+            The checkpoint's directory.
+        """
+        root = root.absolute()
+        partial = await asyncio.to_thread(checkpoint.begin, root, step)
+        await self._call("save", [(partial,)] * len(self.ranks))
+        state = {"step": step, "shape": self._shape(), "config_hash": self._config_hash(), "data": data}
+        return await asyncio.to_thread(checkpoint.commit, partial, state, keep)
+
+    async def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
+        """Continues from a checkpoint; call it before the first step.
+
+        Returns:
+            Optimizer steps done, and the ``data`` that :meth:`save` was given.
+
+        Raises:
+            FileNotFoundError: ``directory`` is no complete checkpoint.
+            ValueError: it was written by a group of another shape.
+        """
+        directory = directory.absolute()
+        state = checkpoint.read_state(directory)
+        if state["shape"] != self._shape():
+            raise ValueError(
+                f"{directory} was written with {_describe(state['shape'])} and cannot continue with "
+                f"{_describe(self._shape())}: set them as they were, or start a new run from the student in it"
+            )
+        if state["config_hash"] != self._config_hash():
+            logger.warning(
+                "the student, learner, loss or signal settings differ from those %s was made with", directory
+            )
+        await self._call("load", [(directory,)] * len(self.ranks))
+        return state["step"], state["data"]
+
+    def shutdown(self) -> None:
+        """Ends the ranks and gives their resources back."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+        remove_placement_group(self.placement)
+
+    async def _connect(self) -> None:
+        places = await self._call("place", [()] * len(self.ranks))
+        on_node = Counter(node for node, *_ in places)
+        _, address, port, _ = places[0]
+        given = self.config.learner.threads
+        threads = [given or max(1, cores // on_node[node]) for node, _, _, cores in places]
+        await self._call("connect", [(address, port, self.device, count) for count in threads])
+
+    async def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Calls a method on every rank, rank i with ``arguments[i]``; results in the order of the ranks.
+
+        A rank that fails alone leaves the others waiting in a collective, so the first failure ends them all. A step
+        that the ranks refuse together leaves them as they were.
+        """
+        async with self.lock:
+            if not self.ranks:
+                raise LearnerError("the learner group has been shut down")
+            calls = [
+                asyncio.ensure_future(getattr(rank, method).remote(*args))
+                for rank, args in zip(self.ranks, arguments, strict=True)
+            ]
+            try:
+                return await asyncio.gather(*calls)
+            except StepRefusedError:
+                # Every rank raises it; the next call must find them idle.
+                await asyncio.gather(*calls, return_exceptions=True)
+                raise
+            except Exception as error:
+                failed = [str(i) for i, call in enumerate(calls) if call.done() and call.exception() is not None]
+                self.shutdown()
+                await asyncio.gather(*calls, return_exceptions=True)
+                raise LearnerError(f"{method} failed on learner rank {', '.join(failed)}: {error}") from error
+
+    def _share_out(self, samples: Sequence[Scored]) -> list[list[MicroBatchWork]]:
+        """Each rank's micro-batches."""
+        for sample in samples:
+            if len(sample.rollout.token_ids) == 0:
+                raise ValueError(f"rollout {sample.rollout.uid} has no response tokens")
+        lengths = [sequence_length(sample) for sample in samples]
+        plan = plan_micro_batches(lengths, self.config.learner.tokens_per_micro_batch, len(self.ranks))
+        return [
+            [MicroBatchWork([samples[i] for i in batch.samples], batch.weighted) for batch in rank] for rank in plan
+        ]
+
+    def _shape(self) -> dict[str, Any]:
+        """What DeepSpeed's files depend on."""
+        learner = self.config.learner
+        return {
+            "ranks": learner.ranks,
+            "zero_stage": learner.zero_stage,
+            "dtype": resolve_dtype(learner.dtype, self.device),
+        }
+
+    def _config_hash(self) -> str:
+        parts = {name: asdict(getattr(self.config, name)) for name in ("student", "learner", "loss", "signal")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _means(sums: np.ndarray, tokens: int) -> TokenMeans:
+    """From ``sums`` [samples, 4], columns as :data:`s2w.learner.worker.STATISTICS`."""
+    return TokenMeans(tokens, *(float(value) for value in sums.sum(0) / tokens))
+
+
+def _describe(shape: dict[str, Any]) -> str:
+    return ", ".join(f"learner.{name}={value}" for name, value in shape.items())
+
+
+def _environment(device: str) -> dict[str, str]:
+    environment = {"DS_ACCELERATOR": device, "TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        # Idle OpenMP threads must sleep: learner ranks and engines share the cores.
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    return environment

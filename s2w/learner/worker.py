@@ -1,0 +1,451 @@
+"""One rank of the learner: a Ray actor that holds a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import ray
+import torch
+from torch import nn
+from torch.distributed import ReduceOp
+
+from s2w.config import LearnerConfig, LossConfig
+from s2w.hardware import core_count
+from s2w.learner import checkpoint
+from s2w.learner.divergence import Divergence, make_divergence
+from s2w.learner.fused_kl import Head, HiddenRows, SampledRows, SparseRows, TeacherRows
+from s2w.learner.signals import SignalStream, fetch
+from s2w.learner.student_model import StudentModel, Tokens, load_student
+from s2w.records import Scored, SignalKind
+from s2w.teacher.head import load_head
+from s2w.weights.names import CheckpointStream
+from s2w.weights.transfer import create_transfer
+
+STATISTICS = ("values", "student_entropy", "teacher_entropy", "agreement")
+"""What a training forward returns for each response token."""
+
+_RANKS = "ranks"
+"""DeepSpeed's tag: the directory with the files of every rank."""
+
+
+class StepRefusedError(RuntimeError):
+    """A step that all ranks gave up together: the weights and the optimizer are as before it."""
+
+
+class NonFiniteError(StepRefusedError):
+    """The divergence of some sample is NaN or infinite; the message names it and the file with its micro-batch."""
+
+
+class SignalLostError(StepRefusedError):
+    """A teacher signal could not be fetched or has the wrong shape; the message names the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What a rank is built from."""
+
+    learner: LearnerConfig
+    loss: LossConfig
+    signal: SignalKind
+    student: Path
+    """Directory of the checkpoint to start from."""
+    teacher: str
+    """Hub id or path of the teacher, whose head is loaded for signal ``hidden``."""
+    teacher_revision: str | None
+    vocab_size: int
+    """Ids that student and teacher share."""
+    device: str
+    """cuda or cpu."""
+    dtype: str
+    """float32 or bfloat16."""
+    engine_dtype: str
+    """Of the weights that rollout engines receive."""
+    seed: int
+    run_dir: Path
+    """Where the micro-batch of a refused step is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchWork:
+    """Samples of one micro-batch; not ``weighted``: only run to keep the ranks in step."""
+
+    samples: list[Scored]
+    weighted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """What one rank did in a step."""
+
+    sums: np.ndarray
+    """float64 [samples, 4]: ``STATISTICS`` summed over each sample's response tokens, in the order of the work."""
+    loss_sum: float
+    """The objective summed over this rank's response tokens."""
+    grad_norm: float
+    """Of the whole gradient, before clipping; the same on all ranks."""
+    signal_bytes: int
+    wait_seconds: float
+    """Time without work, waiting for signals."""
+
+
+class LearnerRank:
+    """A DeepSpeed rank. Methods marked *collective* must be called on all ranks at once, in the same order."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.rank, self.world = rank, world
+        # Made by build, which every later call needs.
+        self.engine: Any = None
+        self.lm: Any = None
+        self.transfer: Any = None
+
+    def place(self) -> tuple[str, str, int, int]:
+        """Node id, address of the node, a free port, cores that this process may use."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port, core_count()
+
+    def connect(self, address: str, port: int, device: str, threads: int) -> None:
+        """Joins the process group; collective.
+
+        Args:
+            address: of rank 0.
+            threads: of this rank's CPU kernels.
+        """
+        torch.set_num_threads(threads)
+        # Ray shows a rank its own GPU only.
+        os.environ |= {
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": "0",
+        }
+        # On CPU DeepSpeed would compile an all-reduce over shared memory (minutes, a C++ compiler) whose ranks spin
+        # while they wait; plain gloo sleeps.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if device == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+    def build(self, spec: RankSpec) -> None:
+        """Loads the student and makes the engine, in place of an earlier one; collective."""
+        if self.engine is not None:
+            self.engine.destroy()
+            self.engine = self.lm = self.transfer = None
+            gc.collect()
+        self.spec = spec
+        learner = spec.learner
+        self.device = torch.device(spec.device)
+        torch.manual_seed(spec.seed + self.rank)
+        settings = deepspeed_settings(learner, spec.dtype, spec.device)
+
+        self.lm = load_student(
+            spec.student, getattr(torch, spec.dtype), learner.attention, settings if learner.zero_stage == 3 else None
+        )
+        if learner.activation_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        divergence = make_divergence(spec.loss.divergence, beta=spec.loss.beta, alpha=spec.loss.alpha)
+        model = StudentModel(self.lm, spec.loss, divergence, spec.vocab_size)
+
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.lm, learner.weight_decay),
+            lr=learner.learning_rate,
+            betas=(learner.beta1, learner.beta2),
+            eps=learner.eps,
+            fused=True,
+        )
+        self.unsharded_grad_norm = float("nan")
+        if learner.zero_stage == 0:
+            optimizer.register_step_pre_hook(self._clip_unsharded)
+        self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+        self.teacher_head: Head | None = None
+        if spec.signal == "hidden":
+            head = load_head(spec.teacher, spec.teacher_revision)
+            place = {"device": self.device, "dtype": getattr(torch, spec.dtype)}
+            bias = None if head.bias is None else head.bias.to(**place)
+            self.teacher_head = Head(head.weight.to(**place), bias, head.softcap, head.scale)
+        stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
+        self.transfer = create_transfer(spec.device, stream, self.rank)
+
+    def step(self, work: Sequence[MicroBatchWork], global_tokens: int, learning_rate: float, step: int) -> RankStep:
+        """One optimizer step; collective.
+
+        The objective is the mean over all response tokens of the step, on whatever rank and in whatever micro-batch
+        they are: every token has the same weight, a long response counts for more than a short one.
+
+        Args:
+            work: this rank's micro-batches; equally many on every rank.
+            global_tokens: response tokens of the step, over all ranks.
+            step: number of the step, for messages and file names.
+
+        Raises:
+            SignalLostError, NonFiniteError: on all ranks, before the optimizer step; nothing has changed.
+            FloatingPointError: the gradient is not finite although the loss is. The weights are spoilt: load a
+                checkpoint.
+        """
+        self.engine.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        stream = SignalStream([item.samples if item.weighted else None for item in work])
+        # DeepSpeed averages gradients over ranks: world undoes that.
+        row_weight = self.world / global_tokens
+        loss = torch.zeros((), device=self.device)
+        statistics: list[torch.Tensor] = []
+        lost: str | None = None
+        for item, signals in zip(work, stream, strict=True):
+            tokens = pack(item.samples).to(self.device)
+            if signals is not None and signals.error is not None:
+                lost = lost or signals.error
+            if signals is None or signals.error is not None:
+                output = self.engine(tokens)
+            else:
+                output = self.engine(tokens, self._teacher_rows(item.samples, signals.tensors), row_weight)
+                loss += output["loss"].detach()
+                statistics.append(torch.stack([output[name] for name in STATISTICS]))
+            self.engine.backward(output["loss"], scale_wrt_gas=False)
+
+        weighted = [item for item in work if item.weighted]
+        sums = np.zeros((0, len(STATISTICS)))
+        if lost is None and weighted:
+            sums = sample_sums([s for item in weighted for s in item.samples], torch.cat(statistics, 1))
+        self._agree_to_go_on(step, weighted, sums, lost)
+
+        self.engine.step()
+        grad_norm = self.unsharded_grad_norm
+        if self.spec.learner.zero_stage > 0:
+            grad_norm = float(self.engine.get_global_grad_norm())
+        if not np.isfinite(grad_norm):
+            raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm} although the loss is finite")
+        return RankStep(sums, loss.item() / row_weight, grad_norm, stream.nbytes, stream.waited)
+
+    def evaluate(
+        self, work: Sequence[MicroBatchWork], divergences: Sequence[tuple[str, Divergence]]
+    ) -> tuple[int, dict[str, float]]:
+        """Sums of divergences over this rank's response tokens, without gradient; collective.
+
+        Returns:
+            Response tokens, and for each divergence its sum in nats.
+
+        Raises:
+            SignalLostError: on all ranks.
+        """
+        self.engine.eval()
+        count = 0
+        totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name, _ in divergences}
+        lost: str | None = None
+        stream = SignalStream([item.samples if item.weighted else None for item in work])
+        with torch.no_grad():
+            for item, signals in zip(work, stream, strict=True):
+                tokens = pack(item.samples).to(self.device)
+                if signals is None or signals.error is not None:
+                    lost = lost or (signals.error if signals is not None else None)
+                    self.engine(tokens)
+                    continue
+                teacher = self._teacher_rows(item.samples, signals.tensors)
+                for name, values in self.engine(tokens, teacher, evaluate=divergences).items():
+                    totals[name] += values.double().sum()
+                count += len(tokens.rows)
+        if errors := self._gather_errors(lost):
+            raise SignalLostError("; ".join(errors))
+        return count, {name: total.item() for name, total in totals.items()}
+
+    def probe(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-prob of each token but the first, given those before it; collective.
+
+        Returns:
+            float32 [len(token_ids) - 1], in nats, at temperature 1.
+        """
+        self.engine.eval()
+        ids = torch.from_numpy(np.asarray(token_ids, np.int64))
+        tokens = Tokens(ids[None, :-1], torch.arange(len(ids) - 1), ids[1:]).to(self.device)
+        with torch.no_grad():
+            return self.engine(tokens, log_probs=True)["log_probs"].float().cpu().numpy()
+
+    def named_full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and whole weight of each of the student's parameters, gathered one at a time; collective.
+
+        Names and order are those of transformers' ``named_parameters``: tied weights once. A tensor is valid until
+        the next one is asked for, so at ZeRO stage 3 the model is never whole.
+        """
+        for name, parameter in self.lm.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                yield name, parameter.data
+
+    def send_weights(self, step: str, *args: Any) -> Any:
+        """Calls a method of this rank's :class:`s2w.weights.transfer.Transfer`; collective."""
+        return getattr(self.transfer, step)(*args)
+
+    def save(self, directory: Path) -> None:
+        """Writes this rank's part of a checkpoint; rank 0 writes the Hugging Face model; collective."""
+        state = directory / checkpoint.OPTIMIZER_DIR
+        self.engine.save_checkpoint(str(state), tag=_RANKS, save_latest=False)
+        torch.save(self._rng_state(), state / _RANKS / f"rng_{self.rank:05d}.pt")
+        stream = CheckpointStream(self.lm, self.named_full_parameters, self.lm.dtype)
+        if self.rank != 0:
+            stream.drain()
+            return
+        buffers = (
+            (name, tensor)
+            for name, tensor in self.lm.state_dict(keep_vars=True).items()
+            if not isinstance(tensor, nn.Parameter)
+        )
+        checkpoint.write_weights(directory, chain(stream, buffers))
+        checkpoint.write_texts(directory, self.lm, self.spec.student)
+
+    def load(self, directory: Path) -> None:
+        """Continues from a checkpoint; before the first step, since DeepSpeed loads only into a fresh engine;
+        collective."""
+        state = directory / checkpoint.OPTIMIZER_DIR
+        path, _ = self.engine.load_checkpoint(str(state), tag=_RANKS)
+        if path is None:
+            raise FileNotFoundError(f"{directory} has no optimizer state")
+        rng = torch.load(state / _RANKS / f"rng_{self.rank:05d}.pt")
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"])
+
+    def _teacher_rows(self, samples: Sequence[Scored], signal: dict[str, torch.Tensor]) -> TeacherRows:
+        signal = {name: tensor.to(self.device, non_blocking=True) for name, tensor in signal.items()}
+        match self.spec.signal:
+            case "hidden":
+                assert self.teacher_head is not None
+                return HiddenRows(signal["hidden"], self.teacher_head)
+            case "topk" | "ids":
+                return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
+            case "sampled":
+                ids = torch.from_numpy(np.concatenate([s.rollout.token_ids for s in samples])).long()
+                sampling = torch.from_numpy(np.concatenate([s.rollout.log_probs for s in samples]))
+                return SampledRows(ids.to(self.device), signal["log_probs"], sampling.to(self.device))
+
+    def _agree_to_go_on(
+        self, step: int, weighted: Sequence[MicroBatchWork], sums: np.ndarray, lost: str | None
+    ) -> None:
+        """Raises on all ranks if one of them cannot go on, after dropping the gradients."""
+        samples = [(item, sample) for item in weighted for sample in item.samples]
+        bad = [
+            (item, sample.rollout.uid)
+            for (item, sample), row in zip(samples, sums, strict=False)
+            if not np.isfinite(row[STATISTICS.index("values")])
+        ]
+        message = lost
+        if lost is None and bad:
+            item = bad[0][0]
+            path = self.spec.run_dir / "nonfinite" / f"step_{step:06d}_rank{self.rank}.pt"
+            message = f"step {step}: divergence of {', '.join(uid for _, uid in bad)} is not finite, see {path}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(
+                {
+                    "uids": [s.rollout.uid for s in item.samples],
+                    "prompts": [s.rollout.prompt.token_ids for s in item.samples],
+                    "responses": [s.rollout.token_ids for s in item.samples],
+                    "signal": fetch(item.samples).tensors,
+                },
+                path,
+            )
+        if errors := self._gather_errors(message):
+            self._drop_gradients()
+            raise (SignalLostError if any("teacher signal" in e for e in errors) else NonFiniteError)("; ".join(errors))
+
+    def _gather_errors(self, message: str | None) -> list[str]:
+        """Messages of all ranks, the same list everywhere; one small all-reduce if there are none."""
+        flag = torch.tensor(message is not None, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(flag, ReduceOp.MAX)
+        if not flag.item():
+            return []
+        messages: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(messages, message)
+        return [m for m in messages if m is not None]
+
+    def _drop_gradients(self) -> None:
+        """Forgets what the backward passes of an unfinished step accumulated."""
+        self.engine.zero_grad()
+        self.engine.optimizer.zero_grad()
+        if self.spec.learner.zero_stage == 2:
+            # Stage 2 keeps the reduced gradients of its partition outside the parameters.
+            self.engine.optimizer.averaged_gradients.clear()
+
+    def _clip_unsharded(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Stage 0 in float32 has no optimizer wrapper, and DeepSpeed keeps no norm there: clip here."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = self.spec.learner.max_grad_norm or float("inf")
+        self.unsharded_grad_norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+
+    def _rng_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+
+def deepspeed_settings(learner: LearnerConfig, dtype: str, device: str) -> dict[str, Any]:
+    """DeepSpeed's configuration: gradients accumulate over any number of micro-batches, in float32.
+
+    Raises:
+        ValueError: bfloat16 at stage 0, where DeepSpeed would accumulate gradients in bfloat16.
+    """
+    if learner.zero_stage == 0 and dtype == "bfloat16":
+        raise ValueError("learner.zero_stage=0 with bfloat16 would accumulate gradients in bfloat16: use stage 1")
+    return {
+        # Micro-batches differ in size and number: the learner scales the loss and ends the accumulation itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "steps_per_print": None,
+        "gradient_clipping": learner.max_grad_norm if learner.zero_stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": learner.zero_stage,
+            "overlap_comm": device == "cuda" and learner.zero_stage >= 2,
+        },
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices decay, norms and biases do not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        # A sharded parameter is flat; DeepSpeed keeps its shape beside it.
+        groups[len(getattr(parameter, "ds_shape", parameter.shape)) > 1].append(parameter)
+    return [
+        {"params": groups[True], "weight_decay": weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
+
+
+def pack(samples: Sequence[Scored]) -> Tokens:
+    """Right-pads samples; row i of a response is predicted at position prompt_len - 1 + i."""
+    lengths = [sequence_length(sample) for sample in samples]
+    longest = max(lengths)
+    input_ids = torch.zeros(len(samples), longest, dtype=torch.int64)
+    rows = []
+    for i, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        input_ids[i, :length] = torch.from_numpy(sample.rollout.input_ids[:length].astype(np.int64))
+        rows.append(torch.arange(len(sample.rollout.prompt.token_ids) - 1, length) + i * longest)
+    targets = np.concatenate([sample.rollout.token_ids for sample in samples]).astype(np.int64)
+    return Tokens(input_ids, torch.cat(rows), torch.from_numpy(targets))
+
+
+def sequence_length(sample: Scored) -> int:
+    """Tokens that the student reads: prompt and response without its last token."""
+    return len(sample.rollout.prompt.token_ids) + len(sample.rollout.token_ids) - 1
+
+
+def sample_sums(samples: Sequence[Scored], statistics: torch.Tensor) -> np.ndarray:
+    """Sums over each sample's tokens, float64 [samples, k], of ``statistics`` [k, all tokens in order]."""
+    starts = np.cumsum([0, *(len(sample.rollout.token_ids) for sample in samples)])[:-1]
+    return np.add.reduceat(statistics.double().cpu().numpy(), starts, axis=1).T
