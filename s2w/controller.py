@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Controller:
         heldout: prompts of the held-out evaluation.
         step: updates that the learner's weights have already had (resume).
         checkpoints: directory of the checkpoints.
+        on_batch: called with every batch once it is scored, the held-out ones too.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Controller:
         probe_tolerance: float,
         step: int,
         checkpoints: Path,
+        on_batch: Callable[[list[Scored]], None] | None = None,
     ) -> None:
         self.loop, self.deterministic = loop, deterministic
         self.stream, self.heldout = stream, heldout
@@ -69,7 +72,7 @@ class Controller:
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
         self.step = self.saved = step
         self.position = stream.state_dict()
-        self.checkpoints = checkpoints
+        self.checkpoints, self.on_batch = checkpoints, on_batch
         self.probe_tolerance, self.probe_ids = probe_tolerance, heldout[0].token_ids
 
     async def run(self) -> None:
@@ -84,7 +87,7 @@ class Controller:
                 while len(ahead) <= self.loop.max_staleness and self.step + len(ahead) < self.loop.steps:
                     ahead.append(self.launch())
                 batch = ahead.popleft()
-                samples = await batch.samples
+                samples = await self.finished(batch.samples)
                 learning = time.time()
                 update = await self.learner.step(samples, self.step)
                 self.step, self.position = self.step + 1, batch.position
@@ -97,11 +100,14 @@ class Controller:
                     await self.evaluate()
                 if self.due(self.loop.checkpoint_every):
                     await self.save()
+            if self.step > self.saved:
+                await self.save()
+        except BaseException:
+            await self.rescue()
+            raise
         finally:
             for batch in ahead:
                 batch.samples.cancel()
-            if self.step > self.saved:
-                await self.save()
 
     def launch(self) -> Batch:
         """Starts the next batch of the prompt stream."""
@@ -131,6 +137,13 @@ class Controller:
             tasks = [group.create_task(sample(prompt, index)) for prompt, index in requests]
         return [task.result() for task in tasks]
 
+    async def finished(self, batch: Awaitable[list[Scored]]) -> list[Scored]:
+        """The samples of a batch."""
+        samples = await batch
+        if self.on_batch is not None:
+            self.on_batch(samples)
+        return samples
+
     async def swap(self) -> tuple[SwapReport, ProbeResult]:
         """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
         swap = await publish(self.learner, self.rollouts, self.step)
@@ -145,7 +158,7 @@ class Controller:
 
     async def evaluate(self) -> None:
         """Held-out KL of the current version, on fresh rollouts."""
-        samples = await self.write_and_score([(prompt, 0) for prompt in self.heldout])
+        samples = await self.finished(self.write_and_score([(prompt, 0) for prompt in self.heldout]))
         values = await self.learner.evaluate(samples, ["forward_kl", "reverse_kl"])
         tokens = sum(len(sample.rollout.token_ids) for sample in samples)
         result = Heldout(
@@ -165,6 +178,15 @@ class Controller:
         )
         self.saved = self.step
         self.progress.say(f"saved {path}")
+
+    async def rescue(self) -> None:
+        """Saves what the run has learned so far, when it ends before its time."""
+        if self.step == self.saved:
+            return
+        try:
+            await self.save()
+        except Exception as error:
+            self.progress.say(f"the updates since step {self.saved} could not be saved: {error}")
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps is due after this one."""

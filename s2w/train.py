@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,21 @@ from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter
 from s2w.observe.timeline import Timeline
-from s2w.records import Prompt
+from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.pool import TeacherPool
 from s2w.validate import Facts, check, check_resources
 
+INTERRUPTED = 130
+"""Exit code after SIGINT or SIGTERM, a shell's own for SIGINT."""
 
-def train(config: Config) -> int:
-    """Runs the whole job; returns the exit code.
+
+def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None) -> int:
+    """Runs the whole job; returns the exit code: 0, or 130 if it was interrupted (and saved what it had).
+
+    Args:
+        config: as :func:`s2w.compose.compose` returns it.
+        on_batch: called with every batch once it is scored, the held-out ones too.
 
     Raises:
         ConfigError: bad input; nothing was started.
@@ -54,7 +63,10 @@ def train(config: Config) -> int:
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(to_yaml(config))
         progress.say(f"run directory {run}")
-        asyncio.run(_run(config, facts, prompts, heldout, device, run, progress, began))
+        asyncio.run(_run(config, facts, prompts, heldout, device, run, progress, began, on_batch))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        progress.say(f"interrupted; to continue: the same command with run.dir={config.run.dir} run.resume=true")
+        return INTERRUPTED
     finally:
         ray.shutdown()
     return 0
@@ -69,8 +81,13 @@ async def _run(
     run: Path,
     progress: Progress,
     began: float,
+    on_batch: Callable[[list[Scored]], None] | None,
 ) -> None:
     """Starts the parts, runs the loop, prints the summary, stops the parts."""
+    task = asyncio.current_task()
+    assert task is not None
+    # `ray job stop` and batch systems end a job with SIGTERM; asyncio treats SIGINT the same way by itself.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     dtypes = {part: resolve_dtype(getattr(config, part).dtype, device) for part in ("teacher", "rollout", "learner")}
     progress.say(f"device {device}, " + ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items()))
     checkpoints = run / "checkpoints"
@@ -134,6 +151,7 @@ async def _run(
             probe_tolerance=probe_tolerance(config, dtypes),
             step=step,
             checkpoints=checkpoints,
+            on_batch=on_batch,
         )
         progress.say(f"all up after {time.time() - began:.0f} s")
         await controller.run()

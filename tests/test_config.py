@@ -1,0 +1,156 @@
+"""Settings: every one is documented, and bad ones are refused with a sentence that names them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import MISSING
+from tiny_models import make_checkpoint
+
+from s2w import cli
+from s2w.compose import compose, help_text, settings, to_yaml
+from s2w.config import Config, SignalKind, StudentInit
+from s2w.errors import ConfigError
+from s2w.validate import check, check_resources
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("models") / "tied", "tied", 0))
+
+
+@pytest.fixture
+def overrides(checkpoint: str, tmp_path: Path) -> list[str]:
+    """The least that a run needs."""
+    return [
+        f"teacher.model={checkpoint}", f"student.model={checkpoint}", "data.tasks=[chain_sum]",
+        f"run.dir={tmp_path / 'run'}", "cluster.device=cpu",
+    ]  # fmt: skip
+
+
+def test_every_setting_is_documented() -> None:
+    undocumented = [name for name, _, text in settings() if not text]
+    assert not undocumented
+    text = help_text()
+    assert all(f"  {name}  " in text for name, _, _ in settings())
+    assert "  experiment=smollm2" in text
+
+
+def test_settings_lists_defaults() -> None:
+    defaults = {name: default for name, default, _ in settings()}
+    assert defaults["teacher.model"] is MISSING
+    assert defaults["loop.max_staleness"] == Config().loop.max_staleness
+    assert defaults["signal.kind"] == "hidden"
+
+
+def test_overrides_reach_the_dataclasses(overrides: list[str]) -> None:
+    config = compose([*overrides, "signal.kind=topk", "student.init=pruned", "rollout.engines=3"])
+    assert config.signal.kind is SignalKind.topk
+    assert config.student.init is StudentInit.pruned
+    assert config.rollout.engines == 3
+
+
+def test_yaml_of_a_configuration_composes_to_itself(overrides: list[str], tmp_path: Path) -> None:
+    config = compose([*overrides, "loss.temperature=2.0"])
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "again.yaml").write_text("# @package _global_\n" + to_yaml(config))
+    assert compose(["experiment=again"], [tmp_path]) == config
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ("rollout.engine=2", "unknown setting rollout.engine: did you mean rollout.engines?"),
+        ("+foo=1", "unknown setting foo"),
+        ("loop.steps=many", "loop.steps: Value 'many'"),
+        ("learner.schedule=linear", "expected one of [constant, cosine]"),
+        ("experiment=nope", "there is no experiment=nope: the choices are"),
+        ("learner.zero_stage=5", "learner.zero_stage=5: DeepSpeed has the stages 0, 1, 2 and 3"),
+        ("rollout.engines=0", "rollout.engines=0: write at least 1"),
+        ("learner.learning_rate=-1", "learner.learning_rate=-1.0: write a number above 0"),
+        ("teacher.dtype=int8", "teacher.dtype=int8: write one of"),
+        ("teacher.model=/no/such/model", "No checkpoint directory at '/no/such/model'"),
+        ("signal={kind: topk, top_k: 600}", "signal.top_k=600 is larger than the vocabulary of 512 tokens"),
+        ("loss.divergence=forward_lk", "forward_kl"),
+        ("signal.kind=sampled", "signal.kind=sampled cannot carry loss.divergence=forward_kl"),
+        ("rollout.max_tokens=5000", "is more than the teacher's context of 4096 tokens"),
+        ("student.init=pruned", "say how many layers to keep with student.keep_layers"),
+        ("run={deterministic: true}", None),
+        ("teacher.tensor_parallel=3", "teacher.tensor_parallel=3 does not divide the 4 attention heads"),
+        ("run.resume=true", "holds no run"),
+    ],
+)
+def test_bad_input(overrides: list[str], extra: str, sentence: str | None) -> None:
+    if sentence is None:
+        check(compose([*overrides, extra]))
+        with pytest.raises(ConfigError, match=r"loop\.max_staleness=0"):
+            check(compose([*overrides, extra, "loop.max_staleness=1"]))
+        return
+    with pytest.raises(ConfigError) as caught:
+        check(compose([*overrides, extra]))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_model_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.model is not set"):
+        compose(["student.model=x"])
+
+
+def test_the_command_exits_with_2_and_one_sentence(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *overrides, "learner.zero_stage=5"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "s2w: learner.zero_stage=5: DeepSpeed has the stages 0, 1, 2 and 3\n"
+    assert cli.main(["trian"]) == 2
+    assert "unknown command trian" in capsys.readouterr().err
+
+
+def test_help_and_cfg(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert "s2w train" in capsys.readouterr().out
+    assert cli.main(["train", *overrides, "loop.steps=7", "--cfg"]) == 0
+    assert "steps: 7" in capsys.readouterr().out
+
+
+def test_run_directory_belongs_to_one_configuration(overrides: list[str]) -> None:
+    config = compose(overrides)
+    directory = Path(config.run.dir)
+    directory.mkdir()
+    (directory / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(ConfigError, match=r"already holds this run: add run\.resume=true"):
+        check(config)
+    again = replace(config, run=replace(config.run, resume=True), loop=replace(config.loop, steps=200))
+    check(again)
+    other = replace(again, learner=replace(config.learner, learning_rate=0.5))
+    with pytest.raises(ConfigError, match=r"belongs to a run with learner\.learning_rate=1e-05, not 0\.5"):
+        check(other)
+
+
+def test_resources_are_counted(overrides: list[str]) -> None:
+    config = compose([*overrides, "rollout.engines=5"])
+    check_resources(config, "cpu", {"CPU": 4})
+    with pytest.raises(ConfigError, match=r"reserves 3\.5 CPUs .* but the cluster has 2:"):
+        check_resources(config, "cpu", {"CPU": 2})
+    config = compose([*overrides, "rollout.engines=4", "teacher.tensor_parallel=2", "learner.ranks=2"])
+    check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
+    with pytest.raises(ConfigError, match=r"asks for 8 GPUs .* but the cluster has 7"):
+        check_resources(config, "cuda", {"CPU": 8, "GPU": 7})
+
+
+def test_tokenizers_that_differ_are_refused(overrides: list[str], tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", "tied", 0)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|reserved|>", "<|changed|>"))
+    with pytest.raises(ConfigError, match=r"must share a tokenizer.*<\|reserved\|>|<\|changed\|>"):
+        check(compose([*overrides, f"student.model={other}"]))
+
+
+def test_padded_vocabularies_are_accepted_and_said(overrides: list[str], tmp_path: Path) -> None:
+    padded = make_checkpoint(tmp_path / "padded", "tied", 0, vocab_size=576)
+    facts = check(compose([*overrides, f"teacher.model={padded}"]))
+    assert facts.vocabulary.vocab_size == 512
+    [note] = facts.vocabulary.notes
+    assert "576" in note and "512" in note

@@ -1,0 +1,207 @@
+"""The whole system on tiny models: real engines, real learner ranks, real swaps, as `s2w train` runs them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from s2w.compose import compose
+from s2w.config import Config
+from s2w.errors import ConfigError
+from s2w.observe.progress import Progress
+from s2w.records import Scored, StepReport
+from s2w.train import INTERRUPTED, train
+
+COMMON = [
+    "student.init=fresh", "student.overrides={num_hidden_layers: 1}",
+    "data.tasks=[chain_sum, spell_backward]", "data.train_prompts=10", "data.heldout_prompts=4",
+    "data.max_prompt_tokens=256", "rollout.max_tokens=12", "rollout.enforce_eager=true", "teacher.enforce_eager=true",
+    "rollout.cpus=0.2", "teacher.cpus=0.2", "learner.cpus=0.2", "learner.tokens_per_micro_batch=512",
+    "learner.learning_rate=3e-3", "learner.warmup_steps=2", "learner.schedule=cosine",
+    "loop.prompts_per_step=4", "loop.samples_per_prompt=2", "cluster.device=cpu", "run.tensorboard=true",
+]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A finished run and what its controller saw."""
+
+    directory: Path
+    batches: list[list[Scored]]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.directory / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "teacher", "untied", 1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def job(teacher: Path, runs: Path) -> Callable[..., Run]:
+    """Runs a job to its end and keeps the batches that its controller held."""
+
+    def run(name: str, *overrides: str, interrupt_at: int | None = None) -> Run:
+        config: Config = compose(
+            [*COMMON, f"teacher.model={teacher}", f"student.model={teacher}", f"run.dir={runs / name}", *overrides]
+        )
+        batches: list[list[Scored]] = []
+
+        def interrupted(self: Progress, report: StepReport) -> None:
+            if report.step == interrupt_at:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            if interrupt_at is not None:
+                patch.setattr(Progress, "step", interrupted)
+            assert train(config, batches.append) == (0 if interrupt_at is None else INTERRUPTED)
+        return Run(runs / name, batches)
+
+    return run
+
+
+DETERMINISTIC = ["run.deterministic=true", "learner.ranks=2", "learner.zero_stage=2", "loop.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(job: Callable[..., Run]) -> Run:
+    """Four steps without interruption."""
+    return job("whole", "loop.steps=4", *DETERMINISTIC)
+
+
+@pytest.fixture(scope="module")
+def halves(job: Callable[..., Run]) -> tuple[Run, Run]:
+    """The same run, interrupted after two steps, and resumed."""
+    first = job("halves", "loop.steps=4", *DETERMINISTIC, interrupt_at=2)
+    return first, job("halves", "loop.steps=4", "run.resume=true", *DETERMINISTIC)
+
+
+def test_the_run_directory(whole: Run) -> None:
+    names = {path.name for path in whole.directory.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "heldout.jsonl", "tensorboard", "checkpoints", "summary.json"} <= names
+    assert [line["step"] for line in whole.metrics] == [1, 2, 3, 4]
+    summary = whole.summary
+    for moment, version in (("before", 0), ("after", 4)):
+        assert summary["heldout"][moment]["version"] == version
+        assert summary["heldout"][moment]["forward_kl"] > 0
+        assert summary["heldout"][moment]["reverse_kl"] > 0
+    assert set(summary["tokens_per_second"]) == {"generate", "score", "learn"}
+    assert summary["probe_error"] < 1e-3
+    assert summary["swap_ms"] > 0 and summary["wall_seconds"] > 0
+    events = EventAccumulator(str(whole.directory / "tensorboard")).Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("divergence")]
+    expected = [(line["step"], line["divergence"]) for line in whole.metrics]
+    assert [step for step, _ in logged] == [step for step, _ in expected]
+    np.testing.assert_allclose([v for _, v in logged], [v for _, v in expected], rtol=1e-6)
+
+
+def test_it_learns(whole: Run) -> None:
+    summary = whole.summary["heldout"]
+    assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
+    assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
+
+
+def test_at_staleness_zero_each_batch_is_written_by_the_weights_that_learn_from_it(whole: Run) -> None:
+    # The first and the last batch are the held-out evaluations.
+    for step, samples in enumerate(whole.batches[1:-1]):
+        assert {span.version for sample in samples for span in sample.rollout.versions} == {step}
+    assert all(line["staleness_max"] == 0 for line in whole.metrics)
+
+
+def test_the_same_seed_repeats_rollouts_and_losses(whole: Run, halves: tuple[Run, Run]) -> None:
+    first, _ = halves
+    for one, other in zip(whole.batches[:3], first.batches[:3], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.rollout.uid == b.rollout.uid
+            assert np.array_equal(a.rollout.token_ids, b.rollout.token_ids)
+            assert np.array_equal(a.rollout.log_probs, b.rollout.log_probs)
+    for name in ("loss", "divergence", "grad_norm", "student_entropy", "teacher_entropy"):
+        assert [line[name] for line in whole.metrics[:2]] == [line[name] for line in first.metrics[:2]]
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(whole: Run, halves: tuple[Run, Run]) -> None:
+    _, second = halves
+    assert [line["step"] for line in second.metrics] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm", "learning_rate", "response_tokens"):
+        assert [line[name] for line in second.metrics] == [line[name] for line in whole.metrics]
+    models = [
+        AutoModelForCausalLM.from_pretrained(run.directory / "checkpoints" / "latest", dtype=torch.float32)
+        for run in (whole, second)
+    ]
+    for (name, a), (_, b) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_every_prompt_is_used_once_an_epoch(whole: Run, halves: tuple[Run, Run]) -> None:
+    first, second = halves
+    for batches in (whole.batches[1:-1], first.batches[1:] + second.batches[:-1]):
+        used = [sample.rollout.prompt.uid for samples in batches for sample in samples if sample.rollout.sample == 0]
+        assert len(used) == 16
+        epoch = Counter(used[:10])
+        assert len(epoch) == 10 and set(epoch.values()) == {1}
+
+
+def test_the_controller_holds_no_tensor(whole: Run) -> None:
+    tokens = signal_bytes = record_bytes = 0
+    for samples in whole.batches:
+        for sample in samples:
+            tokens += len(sample.rollout.token_ids) + len(sample.rollout.prompt.token_ids)
+            signal_bytes += sample.signal.nbytes
+            arrays = [sample.rollout.token_ids, sample.rollout.log_probs, sample.rollout.prompt.token_ids]
+            record_bytes += sum(array.nbytes for array in arrays)
+            # A reference is all there is of the signal.
+            assert type(sample.signal.payload).__name__ == "ObjectRef"
+            others = [getattr(sample.signal, name) for name in sample.signal.__slots__ if name != "payload"]
+            assert len(pickle.dumps(others)) < 400
+    assert signal_bytes > 10 * record_bytes
+    assert record_bytes <= 8 * tokens
+
+
+def test_the_checkpoint_loads_in_transformers(whole: Run) -> None:
+    path = whole.directory / "checkpoints" / "latest"
+    assert path.resolve().name == "step_000004"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.config.num_hidden_layers == 1
+    assert len(AutoTokenizer.from_pretrained(path)) == model.config.vocab_size
+
+
+def test_staleness_one_overlaps_and_stays_within_its_bound(job: Callable[..., Run]) -> None:
+    run = job(
+        "stale", "loop.steps=4", "loop.max_staleness=1", "rollout.engines=2", "signal.kind=topk", "signal.top_k=16",
+        "loss.divergence=reverse_kl", "learner.zero_stage=3", "loop.eval_every=2", "rollout.max_tokens=24",
+    )  # fmt: skip
+    assert max(line["staleness_max"] for line in run.metrics) == 1
+    assert run.metrics[0]["staleness_max"] == 0
+    assert {sample.rollout.engine for samples in run.batches for sample in samples} == {0, 1}
+    assert {sample.signal.kind for samples in run.batches for sample in samples} == {"topk"}
+    heldout = [json.loads(line)["version"] for line in (run.directory / "heldout.jsonl").read_text().splitlines()]
+    assert heldout == [0, 2, 4]
+
+
+def test_too_few_cpus_are_said_before_a_model_loads(job: Callable[..., Run], runs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reserves 1000\.4 CPUs .* but the cluster has \d+:"):
+        job("greedy", "rollout.cpus=1000", "loop.steps=1")
+    assert not (runs / "greedy").exists()
