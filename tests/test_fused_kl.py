@@ -17,6 +17,7 @@ from s2w.learner.fused_kl import (
     HiddenRows,
     SampledRows,
     SparseRows,
+    _compiled,
     divergence_loss,
     divergence_values,
 )
@@ -458,6 +459,23 @@ def test_head_logits() -> None:
     log_q = problem.log_probs()[1]
     assert_same([logits[:, :VOCAB].log_softmax(-1)], [log_q])
     assert_same(problem.gradients(logits[:, :VOCAB].log_softmax(-1)[:, 0].sum()), problem.gradients(log_q[:, 0].sum()))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("signal", ["hidden", "sparse", "sampled"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_compiled_as_on_cuda(name: str, signal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The elementwise steps go through torch.compile unharmed."""
+    if signal == "sampled" and name != "reverse_kl":
+        pytest.skip("sampled tokens carry reverse_kl alone")
+    problem = Problem(softcap=3.0, dtype=torch.float32)
+    teacher: Any = {"hidden": problem.teacher, "sparse": problem.sparse(5), "sampled": sampled(problem)[0]}[signal]
+    plain = problem.loss(teacher, build(name))
+    monkeypatch.setattr("s2w.learner.fused_kl._step", lambda step, hidden: _compiled(step))
+    fused = problem.loss(teacher, build(name))
+    # Other kernels round otherwise.
+    assert_same([fused.loss, fused.values], [plain.loss, plain.values], rtol=1e-4, atol=1e-5)
+    assert_same(problem.gradients(fused.loss), problem.gradients(plain.loss), rtol=1e-4, atol=1e-5)
 
 
 def test_no_rows() -> None:
