@@ -238,6 +238,9 @@ class DataConfig:
     """Prompts generated for training (tasks only); more steps than they last start another epoch."""
     heldout_prompts: int = 64
     """Prompts of the held-out evaluation, one response each."""
+    modes: list[str] = field(default_factory=list)
+    """Modes of the prompts that do not say their own, in equal parts: think, no_think; empty means all that the chat
+    template can ask for."""
     max_prompt_tokens: int = 1024
     """A longer prompt is refused."""
     system_prompt: str | None = None

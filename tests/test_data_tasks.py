@@ -111,7 +111,6 @@ def test_exact_match() -> None:
 
 
 def test_math_verify_in_any_thread() -> None:
-    pytest.importorskip("math_verify")
     results: list[float] = []
 
     def run() -> None:

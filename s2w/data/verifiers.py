@@ -37,17 +37,9 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def math_verify(answer: str, reference: str) -> float:
-    """1 if math-verify holds answer and reference for the same expression, else 0.
+    """1 if math-verify holds answer and reference for the same expression, else 0."""
+    import math_verify as library  # Only here: it brings sympy.
 
-    Raises:
-        ConfigError: math-verify is not installed.
-    """
-    try:
-        import math_verify as library
-    except ImportError as error:
-        raise ConfigError(
-            "The math_verify verifier needs its package: pip install 'math-verify[antlr4_13_2]'"
-        ) from error
     # No timeouts: the library's need the main thread, and actors verify in others.
     gold = library.parse(reference if "$" in reference else f"${reference}$", parsing_timeout=None)
     given = library.parse(answer, parsing_timeout=None)
