@@ -27,6 +27,15 @@ class SignalKind(StrEnum):
     """The teacher's log-prob of the sampled token: reverse KL by policy gradient."""
 
 
+class Mode(StrEnum):
+    """Whether a response thinks before it answers."""
+
+    think = "think"
+    """With a think block."""
+    no_think = "no_think"
+    """With an empty think block, or none where the chat template knows no thinking."""
+
+
 class StudentInit(StrEnum):
     """Where the student's first weights come from."""
 
@@ -238,7 +247,7 @@ class DataConfig:
     """Prompts generated for training (tasks only); more steps than they last start another epoch."""
     heldout_prompts: int = 64
     """Prompts of the held-out evaluation, one response each."""
-    modes: list[str] = field(default_factory=list)
+    modes: list[Mode] = field(default_factory=list)
     """Modes of the prompts that do not say their own, in equal parts: think, no_think; empty means all that the chat
     template can ask for."""
     max_prompt_tokens: int = 1024

@@ -49,7 +49,11 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
     began = time.time()
     facts = check(config)
     prompts, heldout = build_prompts(
-        config.data, facts.student.tokenizer, config.run.seed, config.data.modes, facts.max_model_len
+        config.data,
+        facts.student.tokenizer,
+        config.run.seed,
+        [mode.value for mode in config.data.modes],
+        facts.max_model_len,
     )
     progress = Progress(config.loop.steps, config.loss.divergence)
     for note in facts.vocabulary.notes:
