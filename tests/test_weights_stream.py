@@ -1,0 +1,165 @@
+"""The stream of checkpoint tensors and the shared-memory segment that carries it; no engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import KINDS, Kind, make_checkpoint, make_model
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
+
+from s2w.weights.names import CheckpointStream
+from s2w.weights.shm import ALIGNMENT, Segment, read_segment
+from s2w.weights.transfer import NcclTransfer, SharedMemoryTransfer
+
+MEMORY_FILES = "s2w-weights"
+
+
+def open_segments() -> int:
+    """Segments that this process holds."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(os.readlink(descriptor))
+        except FileNotFoundError:  # The descriptor of the listing itself.
+            continue
+    return sum(MEMORY_FILES in link for link in links)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [True, False], ids=["from_pretrained", "from_config"])
+def test_stream_equals_saved_checkpoint(kind: Kind, loaded: bool, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, kind, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) if loaded else make_model(kind, seed=0)
+    saved = load_file(path / "model.safetensors")
+    stream = CheckpointStream(model, model.named_parameters, torch.float32)
+    streamed = {name: tensor.clone() for name, tensor in stream}
+    assert streamed.keys() == saved.keys()
+    assert all(torch.equal(streamed[name], saved[name]) for name in saved)
+    declared = {tensor.name: tensor.shape for tensor in stream.metadata()}
+    assert declared == {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert stream.nbytes == sum(tensor.nbytes for tensor in saved.values())
+
+
+def test_stream_casts_to_the_engines_dtype() -> None:
+    model = make_model("moe", seed=0)
+    stream = CheckpointStream(model, model.named_parameters, torch.bfloat16)
+    reference = dict(CheckpointStream(model, model.named_parameters, torch.float32))
+    for name, tensor in stream:
+        assert torch.equal(tensor, reference[name].to(torch.bfloat16)), name
+
+
+def test_stream_refuses_another_order_and_a_short_pass() -> None:
+    model = make_model("tied", seed=0)
+    pairs = list(model.named_parameters())
+    with pytest.raises(ValueError, match="not the next one"):
+        list(CheckpointStream(model, lambda: [pairs[1], pairs[0], *pairs[2:]], torch.float32))
+    with pytest.raises(ValueError, match=r"ended before model\.norm\.weight"):
+        list(CheckpointStream(model, lambda: pairs[:-1], torch.float32))
+
+
+def test_stream_refuses_parameters_that_a_checkpoint_merges() -> None:
+    """As for a model whose checkpoints keep gate and up projection in one tensor (Phi-3, GLM)."""
+    model = make_model("tied", seed=0)
+    halves = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    converter = WeightConverter("mlp.gate_up_proj.weight", halves, [Chunk(dim=0)])
+    object.__setattr__(model, "_weight_conversions", [converter])
+    with pytest.raises(ValueError, match=r"mlp\.\w+_proj\.weight cannot be sent by itself"):
+        CheckpointStream(model, model.named_parameters, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segment_round_trip(dtype: torch.dtype) -> None:
+    model = make_model("moe", seed=1)
+    stream = CheckpointStream(model, model.named_parameters, dtype)
+    segment = Segment(stream)
+    assert all(offset % ALIGNMENT == 0 for _, _, _, offset in segment.info["tensors"])
+    read = dict(read_segment(segment.info))
+    segment.close()
+    segment.close()
+    # Views outlive the segment; writing to them is private.
+    assert [name for name, _ in stream] == list(read)
+    for name, tensor in stream:
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], tensor), name
+    with pytest.raises(FileNotFoundError, match="on one node"):
+        next(read_segment(segment.info))
+
+
+def test_another_process_reads_a_private_copy() -> None:
+    model = make_model("tied", seed=0)
+    segment = Segment(CheckpointStream(model, model.named_parameters, torch.float32))
+    code = (
+        "import json, sys; from s2w.weights.shm import read_segment\n"
+        "total = 0.0\n"
+        "for _, tensor in read_segment(json.loads(sys.argv[1])):\n"
+        "    total += tensor.double().sum().item(); tensor.zero_()\n"
+        "print(total)"
+    )
+    output = subprocess.run([sys.executable, "-c", code, json.dumps(segment.info)], capture_output=True, check=True)
+    # The same sums in the same order, float64: equal but for the order inside a sum (threads), 1e-9.
+    expected = sum(p.double().sum().item() for p in model.parameters())
+    assert float(output.stdout) == pytest.approx(expected, abs=1e-9)
+    assert all(
+        torch.equal(read, p) for (_, read), p in zip(read_segment(segment.info), model.parameters(), strict=True)
+    )
+    segment.close()
+
+
+def test_no_memory_is_left_behind() -> None:
+    model = make_model("tied", seed=0)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(model.named_parameters())
+        raise ConnectionError("a rank is gone")
+
+    failing = SharedMemoryTransfer(CheckpointStream(model, broken, torch.float32), rank=0)
+    with pytest.raises(ConnectionError):
+        failing.prepare({0: 1})
+    assert open_segments() == 0
+    transfer = SharedMemoryTransfer(CheckpointStream(model, model.named_parameters, torch.float32), rank=0)
+    for _ in range(2):
+        transfer.prepare({0: 1})
+        assert open_segments() == 1
+    transfer.release()
+    transfer.release()
+    assert open_segments() == 0
+
+
+def test_other_ranks_take_part_in_gathering_and_send_nothing() -> None:
+    model = make_model("tied", seed=0)
+    gathered = []
+
+    def parameters() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, _ in model.named_parameters():
+            gathered.append(name)
+            yield name, torch.empty(0)  # ZeRO-3: valid on rank 0 only.
+
+    assert SharedMemoryTransfer(CheckpointStream(model, parameters, torch.float32), rank=1).prepare({0: 1}) is None
+    assert gathered == [name for name, _ in model.named_parameters()]
+
+
+def test_nccl_plan_gives_every_worker_its_rank() -> None:
+    """Only the plan: the communicator itself needs GPUs."""
+    model = make_model("moe", seed=0)
+    stream = CheckpointStream(model, model.named_parameters, torch.bfloat16)
+    transfer = NcclTransfer(stream, rank=0)
+    update = transfer.prepare({3: 2, 5: 4})
+    assert update is not None
+    plans = update.connect
+    assert {engine: plan["rank_offset"] for engine, plan in plans.items()} == {3: 1, 5: 3}
+    assert {plan["world_size"] for plan in plans.values()} == {7}
+    assert update.info["names"] == [tensor.name for tensor in stream.metadata()]
+    assert set(update.info["dtype_names"]) == {"bfloat16"}
+    again, grown = transfer.prepare({3: 2, 5: 4}), transfer.prepare({3: 2, 5: 4, 6: 1})
+    assert again is not None and grown is not None
+    assert not again.connect
+    assert grown.connect.keys() == {3, 5, 6}
