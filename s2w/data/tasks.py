@@ -1,7 +1,8 @@
-"""Procedural tasks of reasoning-gym: questions by name and seed, and their scorers."""
+"""Procedural tasks: questions by name and seed, and their scorers. reasoning-gym's, and the testbed's beside them."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -22,9 +23,7 @@ Entry = dict[str, Any]
 
 def task_names() -> tuple[str, ...]:
     """Names that :func:`generate` takes (``composite`` mixes others and is left out: ``data.tasks`` does that)."""
-    from reasoning_gym.factory import DATASETS
-
-    return tuple(sorted(DATASETS.keys() - {"composite"}))
+    return tuple(sorted(_registry().keys() - {"composite"}))
 
 
 def check_task(name: str) -> None:
@@ -102,7 +101,18 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
+def _registry() -> dict[str, Any]:
+    """reasoning-gym's datasets by name, as (dataset class, config class)."""
+    from reasoning_gym.factory import DATASETS
+
+    from s2w.testbed import dataset  # noqa: F401  (registers itself)
+
+    return DATASETS
+
+
 def _entries(name: str, split: str, seed: int, options: Mapping[str, Any]) -> Iterator[Entry]:
+    if "split" in {field.name for field in dataclasses.fields(_registry()[name][1])}:
+        options = {**options, "split": split}  # a task with splits of its own
     chunk = 0
     while True:
         dataset = _dataset(name, derive_seed(name, split, seed, chunk), CHUNK, options)
@@ -118,6 +128,7 @@ def _scorer(name: str, options: str) -> Any:
 def _dataset(name: str, seed: int, size: int, options: Mapping[str, Any]) -> Any:
     import reasoning_gym
 
+    _registry()
     if reserved := options.keys() & {"seed", "size"}:
         raise ConfigError(f"Options of task {name!r} may not set {min(reserved)}: s2w does")
     try:

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
+from s2w.modes import THINK_CLOSE, THINK_OPEN, split_thinking
 from s2w.records import Mode
 
 NAME = "column_addition"
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 8
 """One problem in so many is held out."""
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +74,13 @@ def draw(rng: random.Random, split: Split) -> Problem:
             return problem
 
 
-def score(response: str, answer: str) -> float:
-    """1.0 if the text after the think block is ``answer``, else 0.0; a block that never closes scores 0.0.
+def score(response: str, mode: Mode, answer: str) -> float:
+    """1.0 if what a response says outside its think block is ``answer``, else 0.0.
 
-    ``response`` is decoded text without special tokens.
+    Args:
+        response: decoded text without special tokens; a think block that never closes scores 0.0.
     """
-    _, closed, final = response.rpartition(THINK_CLOSE)
-    if not closed and THINK_OPEN in response:
-        return 0.0
-    return float(final.strip() == answer)
+    return float(split_thinking(response, mode).answer == answer)
 
 
 def _columns(left: int, right: int) -> str:
