@@ -219,16 +219,19 @@ def divergence_loss(
 def divergence_values(
     hidden: Tensor,
     head: Head,
-    teacher: HiddenRows | SparseRows,
+    teacher: TeacherRows,
     divergences: Sequence[tuple[str, Divergence]],
     *,
     vocab_size: int,
     temperature: float = 1.0,
     chunk_rows: int = 1024,
 ) -> dict[str, Tensor]:
-    """Several divergences, [N] by the given names, from one pass over the logits and without gradient; arguments and
-    errors as of :func:`divergence_loss`.
+    """Several divergences, [N] by the given names, from one pass over the logits and without gradient.
+
+    Arguments and errors as of :func:`divergence_loss`; ``teacher`` must be HiddenRows or SparseRows.
     """
+    if isinstance(teacher, SampledRows):
+        raise ValueError("sampled tokens hold no distribution to evaluate a divergence on")
     _check(hidden, head, teacher, vocab_size)
     dtype = _statistics_dtype(hidden.dtype)
     out = {name: torch.empty(len(hidden), dtype=dtype, device=hidden.device) for name, _ in divergences}
@@ -273,9 +276,9 @@ class _DivergenceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_loss is None:
             return None, None, None, None, None
-        # Returned as they are, they are not copied: autograd owns them once the graph is freed.
+        # Returned as they are they need no copy: autograd keeps them if the graph is freed, and copies them if not.
         unit = bool(grad_loss == 1)
-        scaled = [g if g is None or unit else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors]
+        scaled = [g if g is None or unit else g * grad_loss for g in ctx.saved_tensors]
         return *scaled, None, None
 
 
