@@ -54,6 +54,16 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class OffPolicyLoss(StrEnum):
+    """What the student learns from the teacher's responses."""
+
+    cross_entropy = "cross_entropy"
+    """Their tokens: the log-loss of each, as in supervised fine-tuning."""
+    divergence = "divergence"
+    """The teacher's distribution at each of their tokens: loss.divergence with the signal of signal.kind (hidden or
+    topk); GKD (arXiv 2306.13649) with lambda = 0."""
+
+
 @dataclass
 class TeacherConfig:
     """The teacher: vLLM engines that score and never sample."""
@@ -122,6 +132,13 @@ class RolloutConfig:
     """Nucleus sampling; 1 keeps every token."""
     top_k: int = -1
     """-1 keeps every token."""
+    thinking_budget: int | None = None
+    """Response tokens after which a think block that is still open is closed; null lets it run to max_tokens."""
+    stop_thinking: str = (
+        "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+        "</think>.\n\n"
+    )
+    """What closes it, inserted after thinking_budget tokens (Qwen3 Technical Report, section 4.3)."""
     dtype: str = "auto"
     """auto, bfloat16, float16 or float32."""
     max_sequences: int = 64
@@ -232,6 +249,77 @@ class LoopConfig:
 
 
 @dataclass
+class FilterConfig:
+    """Which of the teacher's responses are dropped before the student learns them; in this order."""
+
+    truncated: bool = True
+    """Drop those that were cut off at the token limit."""
+    format: bool = True
+    """Drop those that leave their think block open, or think in no_think mode, or do not in think mode."""
+    min_tokens: int = 1
+    """Drop shorter responses, in tokens."""
+    max_tokens: int | None = None
+    """Drop longer responses; null is off_policy.max_tokens. Prompts longer than data.max_prompt_tokens go too."""
+    loop_ngram: int = 128
+    """Drop responses that repeat up to so many tokens again and again, four times in a row or more; 0 drops none."""
+    loop_tokens: int = 64
+    """Tokens that such repetitions must cover."""
+    cjk_share: float = 0.01
+    """Drop responses of which more than this share of characters is Chinese, Japanese or Korean, to prompts without
+    any; 1 drops none."""
+    duplicates: bool = True
+    """Drop a response that is, token for token, another one to the same prompt in the same mode."""
+    verified: bool = True
+    """Drop wrong answers: those that the verifier of the prompt's task scores below 1. Prompts without a task pass."""
+
+
+@dataclass
+class OffPolicyConfig:
+    """The first phase: the teacher answers, in every mode, and the student learns its answers."""
+
+    steps: int = 0
+    """Updates of the student in this phase; 0 leaves the phase out. They may run over the responses several times."""
+    loss: OffPolicyLoss = OffPolicyLoss.cross_entropy
+    """What is learned from each response."""
+    path: str | None = None
+    """Ready responses instead of generated ones: a JSONL or Parquet file, or a directory of Parquet files, with the
+    columns `messages` (the last one the assistant's), or `prompt` and `response`; also `mode`, `task`, `answer`."""
+    prompts: int | None = None
+    """Training prompts that the teacher answers, each in all of data.modes; null is all of them."""
+    samples_per_prompt: int = 1
+    """Responses to each of them, in each mode."""
+    max_tokens: int = 1024
+    """Longest response."""
+    temperature: float = 0.6
+    """Of the teacher's sampling; 0 is greedy. The defaults are Qwen3's own for thinking."""
+    top_p: float = 0.95
+    """Nucleus sampling; 1 keeps every token."""
+    top_k: int = 20
+    """-1 keeps every token."""
+    engines: int | None = None
+    """vLLM engines that generate, before any other part starts; null is teacher.replicas."""
+    shard_responses: int = 512
+    """Responses of one Parquet file; what an interruption can lose."""
+    responses_per_step: int = 64
+    """Responses of an update."""
+    heldout_responses: int = 64
+    """Responses kept out of training for the held-out loss; none of their prompts is trained on."""
+    learning_rate: float = 1e-5
+    """The highest of this phase, reached after warm-up. Everything else of the optimizer is the learner's."""
+    schedule: Schedule = Schedule.cosine
+    """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step of the phase."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """schedule=cosine: the last learning rate over the highest one."""
+    eval_every: int = 0
+    """Held-out loss every so many steps, beside before and after; 0 is only before and after."""
+    checkpoint_every: int = 0
+    """A checkpoint every so many steps, beside the last; 0 is only the last."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+
+@dataclass
 class DataConfig:
     """Prompts: procedural tasks or a file."""
 
@@ -298,8 +386,62 @@ class RunConfig:
 
 
 @dataclass
+class EvalConfig:
+    """What `s2w eval` measures: problems, samples, modes."""
+
+    tasks: list[str] = field(default_factory=list)
+    """reasoning-gym task names."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
+    problems: int = 64
+    """Problems generated for each task; they are those that `s2w train` holds out with the same seed."""
+    path: str | None = None
+    """Instead of tasks: a file of problems (JSONL, Parquet or CSV), or hf://datasets/OWNER/NAME[@REVISION]/FILE."""
+    prompt_column: str = "prompt"
+    """Column of the file with the question: text, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Column of the file with the right answer."""
+    choice_columns: list[str] = field(default_factory=list)
+    """Multiple choice: columns with the wrong answers; choices are shuffled, and the right answer is a letter."""
+    template: str = "{question}"
+    """Text of the user's message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
+    verifier: str = "math_verify"
+    """How answers of a file are checked: math_verify, exact_match or a reasoning-gym task. (Multiple choice:
+    exact_match.)"""
+    samples: int = 4
+    """Responses to each problem in each mode."""
+    k: list[int] = field(default_factory=lambda: [1])
+    """The k of pass@k, none above samples."""
+    modes: list[Mode] = field(default_factory=list)
+    """think, no_think; empty means all that the chat template can ask for."""
+    thinking_budgets: list[int | None] = field(default_factory=list)
+    """Measure think mode at each of these budgets, null being none; empty means rollout.thinking_budget alone."""
+    seed: int = 0
+    """Of generated problems, sampling, the order of choices and the bootstrap."""
+    max_prompt_tokens: int = 4096
+    """A longer prompt is refused."""
+    system_prompt: str | None = None
+    """Put before messages that have no system turn."""
+    output: str | None = None
+    """JSON file for the report."""
+
+
+@dataclass
+class EvalRun:
+    """The whole configuration of `s2w eval`."""
+
+    model: str = MISSING
+    """Hub id or path of the checkpoint."""
+    revision: str | None = None
+    """Hub revision; null is the default branch."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
 class Config:
-    """The whole configuration."""
+    """The whole configuration of `s2w train`."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -308,6 +450,7 @@ class Config:
     signal: SignalConfig = field(default_factory=SignalConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -64,6 +64,9 @@ class Rollout:
     """Wall-clock seconds (``time.time``) at which the engine took and finished the request."""
     candidates: ObjectRef | None = None
     """int32 [n, k]: the student's own top-k ids at each position (signal ``ids`` only)."""
+    forced: tuple[tuple[int, int], ...] = ()
+    """Response tokens [start, stop) that were inserted, not sampled (the thinking budget): no version span covers
+    them, their log-prob is 0, their candidates mean nothing, and nothing is learned at them."""
 
     @property
     def uid(self) -> str:
@@ -117,6 +120,9 @@ class Heldout:
     """KL(student || teacher), nats a token."""
     tokens: int
     response_length: float
+    by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By mode: prompts, obedience, truncated, response_length, and accuracy where prompts have a verifier; see
+    :func:`s2w.eval.report.mode_scores`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +161,42 @@ class StepReport:
     """Mean |log-prob difference| between engine and learner after the swap, nats."""
     seconds: float
     """Wall time of the step."""
+    phase: Literal["on_policy"] = "on_policy"
+
+
+@dataclass(frozen=True, slots=True)
+class OffPolicyReport:
+    """One step of the off-policy phase, as ``metrics.jsonl`` holds it. Loss and entropies: nats a response token."""
+
+    step: int
+    """Updates of this phase done, this one included."""
+    epoch: float
+    """Times that each response has been learned, this step included."""
+    loss: float
+    """The objective: cross-entropy, or the divergence, times temperature^2 where that is set."""
+    divergence: float
+    """The objective without temperature^2."""
+    student_entropy: float
+    agreement: float
+    """Share of positions where the student's most likely token is the response's (loss=cross_entropy) or the
+    teacher's (loss=divergence)."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    responses: int
+    response_tokens: int
+    tokens_per_second: float
+    """Prompt and response tokens over the seconds of the update."""
+    seconds: float
+    """Wall time of the step, teacher signals included."""
+    phase: Literal["off_policy"] = "off_policy"
+
+
+@dataclass(frozen=True, slots=True)
+class OffPolicyHeldout:
+    """Loss on held-out responses of the teacher, after ``step`` updates of the off-policy phase."""
+
+    step: int
+    loss: float
+    """Cross-entropy or divergence, nats a response token."""
+    tokens: int
