@@ -120,6 +120,7 @@ async def _run(
         dtype=dtypes["rollout"],
         max_model_len=facts.max_model_len,
         candidates=config.signal.top_k if kind is SignalKind.ids else 0,
+        stop_token_ids=facts.student.eos_token_ids,
     )
     learner: LearnerGroup | None = None
     recorder = Recorder(

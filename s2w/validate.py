@@ -16,6 +16,7 @@ from s2w.learner.carriage import carries
 from s2w.learner.divergence import make_divergence
 from s2w.models.checkpoint import Checkpoint, read_checkpoint
 from s2w.models.tokenizers import SharedVocabulary, compare_tokenizers
+from s2w.rollout.thinking import check_thinking_budget
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MAY_CHANGE = (
@@ -54,6 +55,8 @@ def check(config: Config) -> Facts:
             f"signal.top_k={config.signal.top_k} is larger than the vocabulary of {vocabulary.vocab_size} tokens: "
             "write a smaller one, or signal.kind=hidden for the whole distribution"
         )
+    if (budget := config.rollout.thinking_budget) is not None:
+        check_thinking_budget(budget, "rollout.thinking_budget", config.rollout, student.tokenizer)
     length = config.data.max_prompt_tokens + config.rollout.max_tokens
     for side, checkpoint in (("teacher", teacher), ("student", student)):
         if checkpoint.max_model_len is not None and length > checkpoint.max_model_len:

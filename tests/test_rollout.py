@@ -18,6 +18,8 @@ from s2w.records import Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
 
 CANDIDATES = 8
+EOS = VOCAB_SIZE - 4
+STOP_IDS = tuple(range(20))
 CONFIG = RolloutConfig(
     engines=2, max_tokens=24, temperature=0.7, max_sequences=16, enforce_eager=True, cpus=0.1, kv_cache_gib=1
 )
@@ -40,7 +42,13 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def pool(model_path: Path, loop: asyncio.AbstractEventLoop) -> Iterator[RolloutPool]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     pool = RolloutPool(
-        CONFIG, model=str(model_path), device="cpu", dtype="float32", max_model_len=128, candidates=CANDIDATES
+        CONFIG,
+        model=str(model_path),
+        device="cpu",
+        dtype="float32",
+        max_model_len=128,
+        candidates=CANDIDATES,
+        stop_token_ids=STOP_IDS,
     )
     loop.run_until_complete(pool.start(3, timeout_s=300))
     yield pool
@@ -75,7 +83,9 @@ def test_log_probs_are_those_of_the_sampled_distribution(
     for (prompt, sample), rollout in zip(requests, rollouts, strict=True):
         assert (rollout.prompt.uid, rollout.sample) == (prompt.uid, sample)
         n = len(rollout.token_ids)
-        assert rollout.finish_reason == ("length" if n == CONFIG.max_tokens else "stop")
+        ended = rollout.token_ids[-1] in (*STOP_IDS, EOS)
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert ended or n == CONFIG.max_tokens
         assert [(span.start, span.stop, span.version) for span in rollout.versions] == [(0, n, 3)]
         with torch.no_grad():
             logits = model(torch.from_numpy(rollout.input_ids).long()[None]).logits[0, -n - 1 : -1]
@@ -97,6 +107,15 @@ def test_samples_of_a_prompt_differ_and_seeds_repeat_them(pool: RolloutPool, loo
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
         assert np.array_equal(one.log_probs, other.log_probs)
+
+
+def test_stop_ids_end_a_response(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    requests = [(prompt, sample) for prompt in make_prompts(4) for sample in range(8)]
+    rollouts = loop.run_until_complete(sample_all(pool, requests))
+    stopped = [rollout for rollout in rollouts if rollout.token_ids[-1] in STOP_IDS]
+    # Each token is one of 20 of 512 ids.
+    assert stopped and all(rollout.finish_reason == "stop" for rollout in stopped)
+    assert all(not np.isin(rollout.token_ids[:-1], STOP_IDS).any() for rollout in rollouts)
 
 
 def test_load_is_shared(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -11,9 +14,78 @@ import numpy as np
 import ray
 
 from s2w.config import RolloutConfig
+from s2w.data.tasks import derive_seed
 from s2w.records import Prompt, Rollout, VersionSpan
+from s2w.rollout.thinking import ThinkingStop
 from s2w.vllm_actor import prepare_process
 from s2w.weights.publish import ReceiveStep
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stretch of a response: what one request sampled, or what was inserted."""
+
+    token_ids: np.ndarray
+    """int32 [n]."""
+    log_probs: np.ndarray
+    """float32 [n], nats."""
+    candidates: np.ndarray
+    """int32 [n, k]."""
+    versions: tuple[VersionSpan, ...]
+    """Counted from the start of the part; empty if it was inserted."""
+    finish_reason: str
+
+
+def _inserted(token_ids: np.ndarray, candidates: int) -> _Part:
+    # Distinct ids, as a teacher that scores candidates expects them.
+    ids = np.tile(np.arange(candidates, dtype=np.int32), (len(token_ids), 1))
+    return _Part(token_ids, np.zeros(len(token_ids), np.float32), ids, versions=(), finish_reason="length")
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A response under way."""
+
+    prompt: Prompt
+    sample: int
+    limit: int
+    """Its longest length, in tokens."""
+    budget: int | None
+    """Tokens after which an open think block is closed."""
+    started: float
+    finished: float = 0.0
+    parts: list[_Part] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 [n], all parts."""
+        return np.concatenate([np.empty(0, np.int32), *(part.token_ids for part in self.parts)])
+
+    @property
+    def unfinished(self) -> bool:
+        """The last request ended at the thinking budget."""
+        return self.parts[-1].finish_reason == "length" and len(self.token_ids) < self.limit
+
+    def versions(self) -> tuple[VersionSpan, ...]:
+        """Spans of the whole response; neighbours of one version are one span."""
+        spans: list[VersionSpan] = []
+        for start, part in self._starts():
+            for span in part.versions:
+                moved = VersionSpan(start + span.start, start + span.stop, span.version)
+                if spans and (spans[-1].stop, spans[-1].version) == (moved.start, moved.version):
+                    moved = VersionSpan(spans.pop().start, moved.stop, moved.version)
+                spans.append(moved)
+        return tuple(spans)
+
+    def forced(self) -> tuple[tuple[int, int], ...]:
+        """Where the inserted parts are."""
+        return tuple((start, start + len(part.token_ids)) for start, part in self._starts() if not part.versions)
+
+    def _starts(self) -> Iterator[tuple[int, _Part]]:
+        start = 0
+        for part in self.parts:
+            yield start, part
+            start += len(part.token_ids)
 
 
 class RolloutEngine:
@@ -27,6 +99,7 @@ class RolloutEngine:
         dtype: of the weights and products, resolved.
         max_model_len: longest prompt plus response, in tokens.
         candidates: top-k ids of the student to keep for each position; 0 for none (signal ``ids`` needs them).
+        stop_token_ids: end-of-sequence ids of the student's checkpoint; vLLM itself knows those of its files only.
     """
 
     def __init__(
@@ -38,8 +111,10 @@ class RolloutEngine:
         dtype: str,
         max_model_len: int,
         candidates: int,
+        stop_token_ids: tuple[int, ...],
     ) -> None:
         self.config, self.index, self.candidates = config, index, candidates
+        self.stop_token_ids = stop_token_ids
         self.max_model_len = max_model_len
         prepare_process(device, config.tensor_parallel, config.threads, config.kv_cache_gib)
 
@@ -84,53 +159,92 @@ class RolloutEngine:
         """Marks the loaded weights as policy ``version``; returns when the engine takes requests."""
         await self.llm.update_weight_version(str(version))
 
-    async def generate(self, prompt: Prompt, sample: int, max_tokens: int | None = None) -> Rollout:
-        """Samples response ``sample`` of ``prompt`` with seed ``prompt.seed + sample``."""
+    @cached_property
+    def thinking_stop(self) -> ThinkingStop:
+        """Closes think blocks when the thinking budget is spent."""
+        return ThinkingStop(self.config.stop_thinking, self.llm.get_tokenizer())  # type: ignore[arg-type]
+
+    async def generate(self, prompt: Prompt, sample: int, thinking_budget: int | None = None) -> Rollout:
+        """Samples response ``sample`` of ``prompt`` with seed ``prompt.seed + sample``.
+
+        Args:
+            thinking_budget: for a prompt in think mode, response tokens after which an open think block is closed;
+                None takes the pool's setting. One that leaves no room for an answer does nothing.
+        """
+        draft = self._draft(prompt, sample, thinking_budget)
+        await self._extend(draft)
+        if draft.unfinished:
+            await self._extend(draft)
+        return self._rollout(draft)
+
+    async def generate_batch(
+        self, requests: list[tuple[Prompt, int]], thinking_budget: int | None = None
+    ) -> list[Rollout]:
+        """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run."""
+        drafts = [self._draft(prompt, sample, thinking_budget) for prompt, sample in requests]
+        await self._extend_together(drafts)
+        if unfinished := [draft for draft in drafts if draft.unfinished]:
+            await self._extend_together(unfinished)
+        return [self._rollout(draft) for draft in drafts]
+
+    def _draft(self, prompt: Prompt, sample: int, thinking_budget: int | None) -> _Draft:
+        limit = min(self.config.max_tokens, self.max_model_len - len(prompt.token_ids))
+        budget = self.config.thinking_budget if thinking_budget is None else thinking_budget
+        if budget is not None and (prompt.mode != "think" or budget + len(self.thinking_stop.token_ids) >= limit):
+            budget = None
+        return _Draft(prompt, sample, limit, budget, started=time.time())
+
+    async def _extend(self, draft: _Draft) -> None:
+        """One request: the response up to its thinking budget, or what follows it."""
+        seed = draft.prompt.seed + draft.sample
+        if draft.parts:
+            # The generator starts anew: the same seed would draw the same numbers again.
+            seed = derive_seed("after the thinking budget", seed)
+        stop = draft.limit if draft.parts or draft.budget is None else draft.budget
+        part = await self._sample(draft, stop - len(draft.token_ids), seed)
+        draft.parts.append(part)
+        spent = len(draft.parts) == 1 and draft.unfinished
+        if spent and self.thinking_stop.is_open(draft.token_ids):
+            draft.parts.append(_inserted(self.thinking_stop.token_ids, self.candidates))
+        draft.finished = time.time()
+
+    async def _sample(self, draft: _Draft, max_tokens: int, seed: int) -> _Part:
         from vllm import SamplingParams
         from vllm.logprobs import FlatLogprobs
         from vllm.sampling_params import RequestOutputKind
 
         config = self.config
-        started = time.time()
-        limit = self.max_model_len - len(prompt.token_ids)
         parameters = SamplingParams(
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            max_tokens=min(max_tokens or config.max_tokens, limit),
-            seed=prompt.seed + sample,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=list(self.stop_token_ids),
             logprobs=self.candidates,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        request = f"{prompt.uid}#{sample}/{next(self._requests)}"
-        stream = self.llm.generate({"prompt_token_ids": prompt.token_ids.tolist()}, parameters, request)
-        [output] = [output async for output in stream]
+        ids = np.concatenate([draft.prompt.token_ids, draft.token_ids]).tolist()
+        request = f"{draft.prompt.uid}#{draft.sample}/{next(self._requests)}"
+        [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, request)]
         completion = output.outputs[0]
         flat = completion.logprobs
         assert isinstance(flat, FlatLogprobs) and completion.weight_versions
         first = np.asarray(flat.start_indices)
         # The sampled token comes first at each position, then the k most likely ones.
-        candidates = None
-        if self.candidates:
-            ids = np.asarray(flat.token_ids, dtype=np.int32)
-            candidates = ray.put(ids[first[:, None] + 1 + np.arange(self.candidates)])
-        return Rollout(
-            prompt=prompt,
-            sample=sample,
+        top = np.asarray(flat.token_ids, dtype=np.int32)[first[:, None] + 1 + np.arange(self.candidates)]
+        return _Part(
             token_ids=np.asarray(completion.token_ids, dtype=np.int32),
             log_probs=np.asarray(flat.logprobs, dtype=np.float32)[first],
+            candidates=top,
             versions=tuple(VersionSpan(span.start, span.end, int(span.version)) for span in completion.weight_versions),
             finish_reason=str(completion.finish_reason),
-            engine=self.index,
-            started=started,
-            finished=time.time(),
-            candidates=candidates,
         )
 
-    async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
-        """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run.
+    async def _extend_together(self, drafts: list[_Draft]) -> None:
+        """:meth:`_extend` for all of them, repeatably.
 
         Float products depend in their last bits on what else is in the batch, and requests that arrive one by
         one meet different batches; so scheduling stops until all are queued in order, with an empty prefix cache.
@@ -138,13 +252,29 @@ class RolloutEngine:
         await self.llm.pause_generation(mode="keep", clear_cache=True)
         queued = self.llm.get_num_unfinished_requests()
         tasks = []
-        for prompt, sample in requests:
-            tasks.append(asyncio.create_task(self.generate(prompt, sample)))
+        for draft in drafts:
+            tasks.append(asyncio.create_task(self._extend(draft)))
             queued += 1
             while self.llm.get_num_unfinished_requests() < queued and not tasks[-1].done():
                 await asyncio.sleep(0)
         await self.llm.resume_generation()
-        return await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)
+
+    def _rollout(self, draft: _Draft) -> Rollout:
+        candidates = np.concatenate([part.candidates for part in draft.parts])
+        return Rollout(
+            prompt=draft.prompt,
+            sample=draft.sample,
+            token_ids=draft.token_ids,
+            log_probs=np.concatenate([part.log_probs for part in draft.parts]),
+            versions=draft.versions(),
+            finish_reason=draft.parts[-1].finish_reason,
+            engine=self.index,
+            started=draft.started,
+            finished=draft.finished,
+            candidates=ray.put(candidates) if self.candidates else None,
+            forced=draft.forced(),
+        )
 
     async def receive_weights(self, step: ReceiveStep, *args: Any) -> None:
         """One step of a swap, see :class:`s2w.weights.publish.WeightReceiver`."""

@@ -20,7 +20,7 @@ class RolloutPool:
 
     Args:
         config: the pool's settings.
-        model, device, dtype, max_model_len, candidates: see :class:`RolloutEngine`.
+        model, device, dtype, max_model_len, candidates, stop_token_ids: see :class:`RolloutEngine`.
     """
 
     def __init__(
@@ -32,11 +32,12 @@ class RolloutPool:
         dtype: str,
         max_model_len: int,
         candidates: int,
+        stop_token_ids: tuple[int, ...],
     ) -> None:
         self.config = config
         actor = ray.remote(RolloutEngine).options(**actor_options(device, config.cpus, config.tensor_parallel))
         self.engines: list[Any] = [
-            actor.remote(config, index, model, device, dtype, max_model_len, candidates)
+            actor.remote(config, index, model, device, dtype, max_model_len, candidates, stop_token_ids)
             for index in range(config.engines)
         ]
         self._load = [0] * config.engines
@@ -49,12 +50,12 @@ class RolloutPool:
         """
         await first_error("rollout engine", [engine.start.remote(version) for engine in self.engines], timeout_s)
 
-    async def generate(self, prompt: Prompt, sample: int) -> Rollout:
-        """One response, from the engine with the least to do."""
+    async def generate(self, prompt: Prompt, sample: int, thinking_budget: int | None = None) -> Rollout:
+        """One response, from the engine with the least to do; see :meth:`RolloutEngine.generate`."""
         index = min(range(len(self.engines)), key=self._load.__getitem__)
         self._load[index] += 1
         try:
-            return await self.engines[index].generate.remote(prompt, sample)
+            return await self.engines[index].generate.remote(prompt, sample, thinking_budget)
         finally:
             self._load[index] -= 1
 
