@@ -88,7 +88,7 @@ class SparseRows:
     """
 
     ids: Tensor
-    """int64 [N, k], no id twice in a row, each below the vocabulary size."""
+    """Integers [N, k], no id twice in a row, each below the vocabulary size."""
     log_probs: Tensor
     """[N, k], normalised over the whole vocabulary."""
     log_tail: Tensor
@@ -107,7 +107,7 @@ class SampledRows:
     """
 
     ids: Tensor
-    """int64 [N]."""
+    """Integers [N]."""
     log_probs: Tensor
     """[N], the teacher's, at the temperature of the loss."""
     sampling_log_probs: Tensor | None = None
@@ -386,9 +386,9 @@ def _chunks(hidden: Tensor, head: Head, teacher: TeacherRows, vocab_size: int, c
             teacher_hidden = teacher.hidden[rows].to(hidden.dtype)
             columns = (_product(teacher_hidden, teacher_head.weight.T, teacher_buffer[: rows.stop - start]),)
         elif isinstance(teacher, SparseRows):
-            columns = (teacher.ids[rows], teacher.log_probs[rows], teacher.log_tail[rows])
+            columns = (teacher.ids[rows].long(), teacher.log_probs[rows], teacher.log_tail[rows])
         else:
-            columns = (teacher.ids[rows],)
+            columns = (teacher.ids[rows].long(),)
         yield _Chunk(rows, product, columns, student, teacher_head)
 
 
