@@ -98,8 +98,9 @@ class NcclTransfer(Transfer):
     """GPU: broadcast from rank 0 to every worker of every engine, by vLLM's own NCCL backend.
 
     Not run on a GPU yet. Weights are gathered parameter by parameter while they are broadcast in buckets, so no
-    rank holds the whole model; the engines are paused for that long. Learner and engines have GPUs of their own:
-    vLLM's CUDA IPC backend, for a layout where they share them, is not used.
+    rank holds the whole model; the engines are paused for that long. vLLM's engine side does not notice a weight
+    that is missing: the probe after the swap does. Learner and engines have GPUs of their own; vLLM's CUDA IPC
+    backend, for a layout where they share them, is not used.
     """
 
     backend = "nccl"
