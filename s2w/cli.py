@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from s2w.errors import ConfigError
+
+if TYPE_CHECKING:
+    from s2w.compose import Root
 
 USAGE = """\
 s2w: strong-to-weak distillation of large language models
 
 usage:
-  s2w train [OVERRIDE ...]   distil: generate -> score -> KL update -> hot swap
+  s2w train [OVERRIDE ...]   distil: off-policy if off_policy.steps is set, then on-policy: generate -> score ->
+                             KL update -> hot swap
   s2w train --help           every setting, its default and its meaning; the ready experiments
+  s2w generate [OVERRIDE ...]
+                             only the teacher's responses of the off-policy phase, filtered; settings as of train
+  s2w eval model=MODEL [OVERRIDE ...] [--json FILE]
+                             pass@1, pass@k, obedience and length of a checkpoint, by mode
+  s2w eval --help            every setting of it
   s2w --help                 this text
 
 OVERRIDE is Hydra's: a group (experiment=smollm2, teacher=qwen3_32b) or a setting (rollout.engines=2).
@@ -20,6 +32,7 @@ OVERRIDE is Hydra's: a group (experiment=smollm2, teacher=qwen3_32b) or a settin
 examples:
   s2w train experiment=smollm2 rollout.engines=2
   s2w train teacher.model=Qwen/Qwen3-32B student.model=Qwen/Qwen3-4B data.path=prompts.jsonl
+  s2w eval model=Qwen/Qwen3-4B eval=math500 eval.samples=16 eval.k=[1,4,16] --json math500.json
 """
 
 
@@ -30,23 +43,65 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     command, *rest = arguments
-    from s2w.errors import ConfigError
-
+    commands = {"train": _train, "generate": _generate, "eval": _eval}
     try:
-        if command != "train":
-            raise ConfigError(f"unknown command {command}: the commands are train")
-        return _train(rest)
+        if command not in commands:
+            raise ConfigError(f"unknown command {command}: the commands are {', '.join(commands)}")
+        return commands[command](rest)
     except ConfigError as error:
         print(f"s2w: {error}", file=sys.stderr)
         return 2
 
 
 def _train(arguments: list[str]) -> int:
+    from s2w.config import Config
+
+    config = _configuration(Config, arguments)
+    if config is None:
+        return 0
+    from s2w.train import train
+
+    return train(config)
+
+
+def _generate(arguments: list[str]) -> int:
+    from s2w.config import Config
+
+    config = _configuration(Config, arguments)
+    if config is None:
+        return 0
+    from s2w.off_policy.command import generate
+
+    return generate(config)
+
+
+def _eval(arguments: list[str]) -> int:
+    from s2w.config import EvalRun
+
+    output = None
+    if "--json" in arguments:
+        at = arguments.index("--json")
+        output, arguments = "".join(arguments[at + 1 : at + 2]), arguments[:at] + arguments[at + 2 :]
+        if not output:
+            raise ConfigError("--json needs the name of a file")
+    run = _configuration(EvalRun, arguments)
+    if run is None:
+        return 0
+    if output is not None:
+        run.eval.output = output
+    from s2w.eval.evaluate import evaluate
+
+    evaluate(run)
+    return 0
+
+
+def _configuration(kind: type[Root], arguments: list[str]) -> Root | None:
+    """The configuration that the arguments ask for; None if they only ask to see something, which is printed."""
     from s2w import compose
 
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(compose.help_text(), end="")
-        return 0
+        print(compose.help_text(kind), end="")
+        return None
     directories, overrides, show = [], [], False
     rest = iter(arguments)
     for argument in rest:
@@ -56,13 +111,11 @@ def _train(arguments: list[str]) -> int:
             show = True
         else:
             overrides.append(argument)
-    config = compose.compose(overrides, directories)
+    config = compose.compose_as(kind, overrides, directories)
     if show:
         print(compose.to_yaml(config), end="")
-        return 0
-    from s2w.train import train
-
-    return train(config)
+        return None
+    return config
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""From Hydra overrides to a :class:`s2w.config.Config`, with errors that a person can act on."""
+"""From Hydra overrides to a configuration of :mod:`s2w.config`, with errors that a person can act on."""
 
 from __future__ import annotations
 
 import ast
 import difflib
 import inspect
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -19,11 +19,26 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from s2w import config as schema
-from s2w.config import Config
+from s2w.config import Config, EvalRun
 from s2w.errors import ConfigError
 
-SCHEMA = "s2w_schema"
-"""Name under which configs/config.yaml finds the dataclasses."""
+Root = TypeVar("Root", Config, EvalRun)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command that is configured."""
+
+    command: str
+    file: str
+    """Name of its root in the Hydra tree; there ``s2w_FILE`` stands for the dataclasses."""
+    groups: tuple[str, ...]
+
+
+PROGRAMS: dict[type, Program] = {
+    Config: Program("train", "config", ("teacher", "student", "data", "cluster", "experiment")),
+    EvalRun: Program("eval", "evaluation", ("eval", "cluster")),
+}
 
 
 def config_directory() -> Path:
@@ -34,9 +49,15 @@ def config_directory() -> Path:
 
 
 def compose(overrides: list[str], directories: list[Path] | None = None) -> Config:
+    """The resolved configuration of ``s2w train``; see :func:`compose_as`."""
+    return compose_as(Config, overrides, directories)
+
+
+def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] | None = None) -> Root:
     """The resolved configuration.
 
     Args:
+        kind: which: :class:`~s2w.config.Config` or :class:`~s2w.config.EvalRun`.
         overrides: Hydra's: ``experiment=smollm2``, ``loop.steps=5``.
         directories: further directories to search for groups.
 
@@ -46,43 +67,44 @@ def compose(overrides: list[str], directories: list[Path] | None = None) -> Conf
     for directory in directories or []:
         if not directory.is_dir():
             raise ConfigError(f"--config-dir {directory}: there is no such directory")
-    ConfigStore.instance().store(name=SCHEMA, node=Config)
+    program = PROGRAMS[kind]
+    ConfigStore.instance().store(name=f"s2w_{program.file}", node=kind)
     if directories:
         paths = ",".join(f"file://{directory.resolve()}" for directory in directories)
         overrides = [*overrides, f"hydra.searchpath=[{paths}]"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory().resolve()), version_base=None):
-            composed = hydra_compose("config", overrides)
+            composed = hydra_compose(program.file, overrides)
         # A plain container: merging it into the dataclasses also refuses what `+name=value` added.
         plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), plain)
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_sentence(error)) from error
-    assert isinstance(config, Config)
+        raise ConfigError(_sentence(error, kind)) from error
+    assert isinstance(config, kind)
     return config
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config | EvalRun) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def settings() -> list[tuple[str, Any, str]]:
+def settings(kind: type = Config) -> list[tuple[str, Any, str]]:
     """Every setting as (dotted name, default, documentation), in the order of config.py."""
-    return list(_walk(Config, ""))
+    return list(_walk(kind, ""))
 
 
-def help_text() -> str:
-    """What ``s2w train --help`` prints."""
-    lines = ["usage: s2w train [OVERRIDE ...]", "", "Groups (NAME=CHOICE):"]
-    root = config_directory()
-    for group in sorted(path for path in root.iterdir() if path.is_dir()):
-        choices = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
-        lines.append(f"  {group.name}={choices}")
+def help_text(kind: type = Config) -> str:
+    """What ``s2w train --help`` or ``s2w eval --help`` prints."""
+    program = PROGRAMS[kind]
+    lines = [f"usage: s2w {program.command} [OVERRIDE ...]", "", "Groups (NAME=CHOICE):"]
+    for group in program.groups:
+        choices = ", ".join(sorted(path.stem for path in (config_directory() / group).glob("*.yaml")))
+        lines.append(f"  {group}={choices}")
     lines += ["", "Settings (NAME=VALUE):"]
-    for name, default, text in settings():
+    for name, default, text in settings(kind):
         shown = "must be given" if default is MISSING else f"default: {default}"
         lines.append(f"  {name}  ({shown})")
         lines += [f"      {line.strip()}" for line in text.splitlines()]
@@ -118,7 +140,7 @@ def _documentation(kind: type) -> dict[str, str]:
     return texts
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, kind: type) -> str:
     """One clear sentence for what Hydra and OmegaConf raise."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
@@ -126,9 +148,10 @@ def _sentence(error: BaseException) -> str:
     for cause in causes:
         key = str(getattr(cause, "full_key", None) or "")
         if isinstance(cause, MissingMandatoryValue):
-            return f"{_missing_key(cause)} is not set: give it on the command line or choose an experiment"
+            where = " or choose an experiment" if "experiment" in PROGRAMS[kind].groups else ""
+            return f"{_missing_key(cause, kind)} is not set: give it on the command line{where}"
         if isinstance(cause, ConfigKeyError) or type(cause).__name__ == "ConfigAttributeError":
-            return unknown_setting(key)
+            return unknown_setting(key, kind)
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group, _, choice = cause.missing_cfg_file.rpartition("/")
             return f"there is no {group}={choice}: the choices are {', '.join(cause.options or [])}"
@@ -137,22 +160,24 @@ def _sentence(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def unknown_setting(key: str) -> str:
+def unknown_setting(key: str, kind: type) -> str:
     """The sentence for a setting that does not exist, with the nearest that does."""
-    names = [name for name, _, _ in settings()]
+    names = [name for name, _, _ in settings(kind)]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]}?" if near else "s2w train --help lists them"
+    hint = f"did you mean {near[0]}?" if near else f"s2w {PROGRAMS[kind].command} --help lists them"
     return f"unknown setting {key}: {hint}"
 
 
-def _missing_key(error: MissingMandatoryValue) -> str:
+def _missing_key(error: MissingMandatoryValue, kind: type) -> str:
     key = str(getattr(error, "full_key", "") or "")
     if key:
         return key
     # to_object names the class and the field only.
     text = str(error)
-    for section in fields(Config):
-        kind = getattr(schema, section.name.capitalize() + "Config", None)
-        if kind and f"`{kind.__name__}`" in text:
+    if f"`{kind.__name__}`" in text:
+        return text.rsplit(" ", 1)[-1]
+    for section in fields(kind):
+        part = getattr(schema, section.name.capitalize() + "Config", None)
+        if part and f"`{part.__name__}`" in text:
             return f"{section.name}.{text.rsplit(' ', 1)[-1]}"
     return text.splitlines()[0]

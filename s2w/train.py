@@ -1,10 +1,8 @@
-"""The program behind ``s2w train``: configuration -> cluster -> parts -> loop -> summary."""
+"""The program behind ``s2w train``: configuration -> cluster -> off-policy phase -> on-policy phase -> summary."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,12 +12,13 @@ from typing import Any
 
 import ray
 
+from s2w.cluster import connect, resolve_device
 from s2w.compose import to_yaml
 from s2w.config import Config, SignalKind
 from s2w.controller import Controller
 from s2w.data.prompts import PromptStream, build_prompts
-from s2w.errors import ConfigError
 from s2w.hardware import resolve_dtype
+from s2w.job import Job
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup
 from s2w.models.student import materialise_student
@@ -27,11 +26,14 @@ from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter
 from s2w.observe.timeline import Timeline
+from s2w.off_policy import phase as off_policy
 from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.pool import TeacherPool
-from s2w.validate import Facts, check, check_resources
+from s2w.validate import check, check_resources
 
+CHECKPOINTS = Path("checkpoints")
+"""Of the on-policy phase, in the run directory."""
 INTERRUPTED = 130
 """Exit code after SIGINT or SIGTERM, a shell's own for SIGINT."""
 
@@ -58,16 +60,26 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
     progress = Progress(config.loop.steps, config.loss.divergence)
     for note in facts.vocabulary.notes:
         progress.say(note)
-    connect(config)
+    connect(config.cluster)
     try:
         resources = ray.cluster_resources()
-        device = resolve_device(config, resources)
+        device = resolve_device(config.cluster, resources)
         check_resources(config, device, resources)
         run = Path(config.run.dir).resolve()
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(to_yaml(config))
         progress.say(f"run directory {run}")
-        asyncio.run(_run(config, facts, prompts, heldout, device, run, progress, began, on_batch))
+        recorder = Recorder(
+            run,
+            step=steps_done(last_checkpoint(config, run / CHECKPOINTS)),
+            off_policy_step=steps_done(last_checkpoint(config, run / off_policy.CHECKPOINTS)),
+            config=asdict(config),
+            tensorboard=config.run.tensorboard,
+            wandb=config.run.wandb_project if config.run.wandb else None,
+            name=config.run.name,
+        )
+        job = Job(config, facts, device, run, recorder, progress)
+        asyncio.run(_run(job, prompts, heldout, began, on_batch))
     except (KeyboardInterrupt, asyncio.CancelledError):
         progress.say(f"interrupted; to continue: the same command with run.dir={config.run.dir} run.resume=true")
         return INTERRUPTED
@@ -77,34 +89,55 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
 
 
 async def _run(
-    config: Config,
-    facts: Facts,
+    job: Job,
     prompts: list[Prompt],
     heldout: list[Prompt],
-    device: str,
-    run: Path,
-    progress: Progress,
     began: float,
     on_batch: Callable[[list[Scored]], None] | None,
 ) -> None:
-    """Starts the parts, runs the loop, prints the summary, stops the parts."""
+    """Runs the phases, or what is left of them, and prints the summary."""
     task = asyncio.current_task()
     assert task is not None
     # `ray job stop` and batch systems end a job with SIGTERM; asyncio treats SIGINT the same way by itself.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    config, recorder = job.config, job.recorder
+    reporter = StepReporter(Timeline(job.directory / "timeline.jsonl"))
+    try:
+        student = materialise_student(config.student, job.directory / "student", config.run.seed)
+        if config.off_policy.steps:
+            student = await off_policy.run_phase(job, student)
+        await _on_policy(job, student, prompts, heldout, reporter, on_batch)
+        summary = summarise(recorder, reporter, time.time() - began)
+        recorder.summary(summary)
+        job.progress.summary(summary)
+    finally:
+        recorder.close()
+
+
+async def _on_policy(
+    job: Job,
+    student: Path,
+    prompts: list[Prompt],
+    heldout: list[Prompt],
+    reporter: StepReporter,
+    on_batch: Callable[[list[Scored]], None] | None,
+) -> None:
+    """Starts the parts of the on-policy phase, runs its loop, stops the parts.
+
+    Args:
+        student: directory of the checkpoint that is policy version 0.
+    """
+    config, facts, device, progress = job.config, job.facts, job.device, job.progress
+    began = time.time()
     dtypes = {part: resolve_dtype(getattr(config, part).dtype, device) for part in ("teacher", "rollout", "learner")}
     progress.say(f"device {device}, " + ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items()))
-    checkpoints = run / "checkpoints"
-    last = checkpoint.latest(checkpoints) if config.run.resume else None
-    state = checkpoint.read_state(last) if last else None
-    step = state["step"] if state else 0
+    last = last_checkpoint(config, job.directory / CHECKPOINTS)
+    step = steps_done(last)
     stream = PromptStream(prompts, config.loop.prompts_per_step, config.run.seed)
-    if state:
-        stream.load_state_dict(state["data"]["stream"])
+    if last:
+        stream.load_state_dict(checkpoint.read_state(last)["data"]["stream"])
         progress.say(f"continues after step {step} from {last}")
-    student = materialise_student(config.student, run / "student", config.run.seed)
 
-    kind = config.signal.kind
     teachers = TeacherPool(
         config.teacher,
         config.signal,
@@ -119,18 +152,10 @@ async def _run(
         device=device,
         dtype=dtypes["rollout"],
         max_model_len=facts.max_model_len,
-        candidates=config.signal.top_k if kind is SignalKind.ids else 0,
+        candidates=config.signal.top_k if config.signal.kind is SignalKind.ids else 0,
         stop_token_ids=facts.student.eos_token_ids,
     )
     learner: LearnerGroup | None = None
-    recorder = Recorder(
-        run,
-        step=step,
-        config=asdict(config),
-        tensorboard=config.run.tensorboard,
-        wandb=config.run.wandb_project if config.run.wandb else None,
-        name=config.run.name,
-    )
     try:
         progress.say("starting teacher, rollout engines and learner ...")
         timeout = config.cluster.start_timeout_s
@@ -141,7 +166,6 @@ async def _run(
         learner = starting.result()
         if last:
             await learner.load(last)
-        reporter = StepReporter(Timeline(run / "timeline.jsonl"))
         controller = Controller(
             config.loop,
             deterministic=config.run.deterministic,
@@ -150,31 +174,28 @@ async def _run(
             rollouts=rollouts,
             teachers=teachers,
             learner=learner,
-            recorder=recorder,
+            recorder=job.recorder,
             progress=progress,
             reporter=reporter,
             probe_tolerance=probe_tolerance(config, dtypes),
             step=step,
-            checkpoints=checkpoints,
+            checkpoints=job.directory / CHECKPOINTS,
             on_batch=on_batch,
         )
         progress.say(f"all up after {time.time() - began:.0f} s")
         await controller.run()
-        summary = summarise(recorder, reporter, time.time() - began)
-        recorder.summary(summary)
-        progress.summary(summary)
     finally:
-        recorder.close()
         await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
         if learner is not None:
             learner.shutdown()
 
 
 def summarise(recorder: Recorder, reporter: StepReporter, wall_seconds: float) -> dict[str, Any]:
-    """``summary.json``: held-out KL before the first and after the last update, and what the run cost."""
+    """``summary.json``: held-out KL before the first and after the last on-policy update, what the run cost, and the
+    off-policy phase's held-out loss before and after."""
     evaluations = recorder.evaluations()
     before, after = evaluations[0], evaluations[-1]
-    return {
+    summary = {
         "heldout": {
             moment: {"forward_kl": result.forward_kl, "reverse_kl": result.reverse_kl, "version": result.version}
             for moment, result in (("before", before), ("after", after))
@@ -182,6 +203,20 @@ def summarise(recorder: Recorder, reporter: StepReporter, wall_seconds: float) -
         **reporter.totals(),
         "wall_seconds": wall_seconds,
     }
+    if losses := recorder.off_policy_evaluations():
+        moments = {"before": losses[0], "after": losses[-1]}
+        summary["off_policy"] = {name: {"loss": result.loss, "step": result.step} for name, result in moments.items()}
+    return summary
+
+
+def last_checkpoint(config: Config, directory: Path) -> Path | None:
+    """The checkpoint under ``directory`` that the run continues from, if it does."""
+    return checkpoint.latest(directory) if config.run.resume else None
+
+
+def steps_done(last: Path | None) -> int:
+    """Updates in a checkpoint."""
+    return checkpoint.read_state(last)["step"] if last else 0
 
 
 def probe_tolerance(config: Config, dtypes: dict[str, str]) -> float:
@@ -189,26 +224,3 @@ def probe_tolerance(config: Config, dtypes: dict[str, str]) -> float:
     if config.run.probe_tolerance is not None:
         return config.run.probe_tolerance
     return 1e-3 if dtypes["rollout"] == dtypes["learner"] == "float32" else 0.05
-
-
-def connect(config: Config) -> None:
-    """Joins the Ray cluster, or starts one on this machine."""
-    ray.init(
-        address=config.cluster.address,
-        include_dashboard=False if config.cluster.address is None and "RAY_ADDRESS" not in os.environ else None,
-        log_to_driver=config.cluster.log_to_driver,
-        logging_level=logging.WARNING,
-    )
-
-
-def resolve_device(config: Config, resources: dict[str, float]) -> str:
-    """``cuda`` or ``cpu``, from cluster.device and the cluster's resources.
-
-    Raises:
-        ConfigError: cuda is asked for and the cluster has none.
-    """
-    if config.cluster.device == "auto":
-        return "cuda" if resources.get("GPU", 0) else "cpu"
-    if config.cluster.device == "cuda" and not resources.get("GPU", 0):
-        raise ConfigError("cluster.device=cuda, but the cluster has 0 GPUs: write cluster.device=cpu, or add GPU nodes")
-    return config.cluster.device

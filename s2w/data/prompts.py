@@ -229,10 +229,10 @@ def _interleave(lists: list[list[_Source]]) -> list[_Source]:
 def _file_sources(data: DataConfig) -> tuple[list[_Source], list[_Source]]:
     assert data.path is not None
     path = Path(data.path).expanduser()
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if data.heldout_path is not None:
         heldout_path = Path(data.heldout_path).expanduser()
-        heldout = [_source(heldout_path, i, row, "heldout") for i, row in enumerate(_read_rows(heldout_path))]
+        heldout = [_source(heldout_path, i, row, "heldout") for i, row in enumerate(read_rows(heldout_path))]
         train = [_source(path, i, row, "train") for i, row in enumerate(rows)]
     else:
         if data.heldout_prompts >= len(rows):
@@ -252,7 +252,12 @@ def _file_sources(data: DataConfig) -> tuple[list[_Source], list[_Source]]:
     return train, distinct
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL or Parquet file.
+
+    Raises:
+        ConfigError: there is no such file, it is of another kind, is empty, or a line is not a JSON object.
+    """
     if not path.is_file():
         raise ConfigError(f"There is no prompt file {str(path.absolute())!r}")
     if path.suffix == ".parquet":
@@ -284,7 +289,7 @@ def _source(path: Path, index: int, row: dict[str, Any], split: str) -> _Source:
     given = row.get("messages") if row.get("messages") is not None else row.get("prompt")
     if given is None:
         raise ConfigError(f"{where}, has neither `messages` nor `prompt`; its columns are: {', '.join(row) or 'none'}")
-    messages = _messages(where, given)
+    messages = parse_messages(where, given)
     answer = row.get("answer")
     if answer is not None:
         answer = str(answer)
@@ -311,7 +316,15 @@ def _source(path: Path, index: int, row: dict[str, Any], split: str) -> _Source:
     )
 
 
-def _messages(where: str, given: Any) -> tuple[dict[str, str], ...]:
+def parse_messages(where: str, given: Any) -> tuple[dict[str, str], ...]:
+    """Chat messages of a prompt: those given, or one user message with the given text.
+
+    Args:
+        where: file and row, for the error's text.
+
+    Raises:
+        ConfigError: they are no messages, or the last one is not the user's.
+    """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
