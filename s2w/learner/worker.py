@@ -375,6 +375,7 @@ class LearnerRank:
         if self.spec.learner.zero_stage == 2:
             # Stage 2 keeps the reduced gradients of its partition outside the parameters.
             self.engine.optimizer.averaged_gradients.clear()
+            self.engine.optimizer.all_grad_tensors.clear()
 
     def _clip_unsharded(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Stage 0 in float32 has no optimizer wrapper, and DeepSpeed keeps no norm there: clip here."""

@@ -1,0 +1,83 @@
+"""Checkpoint files, the learning-rate schedule and packing, without ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+from tiny_models import Kind, make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from s2w.config import LearnerConfig, Schedule
+from s2w.learner import checkpoint
+from s2w.learner.schedule import learning_rate
+from s2w.learner.worker import pack
+from s2w.records import Prompt, Rollout, Scored, TeacherSignal
+from s2w.weights.names import CheckpointStream
+
+
+def test_commit_keeps_the_last_and_hides_the_unfinished(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    for step in (1, 2, 30):
+        partial = checkpoint.begin(tmp_path, step)
+        (partial / "weights").write_text(str(step))
+        assert checkpoint.latest(tmp_path) != checkpoint.step_dir(tmp_path, step)
+        checkpoint.commit(partial, {"step": step}, keep=2)
+        assert checkpoint.read_state(checkpoint.latest(tmp_path) or tmp_path) == {"step": step}
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000030"]
+
+    # A save that dies leaves the last checkpoint in place, and its rest is cleared by the next one.
+    (checkpoint.begin(tmp_path, 31) / "weights").write_text("half")
+    assert checkpoint.latest(tmp_path) == checkpoint.step_dir(tmp_path, 30)
+    assert list(checkpoint.begin(tmp_path, 31).iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+def test_shards_load_as_those_of_save_pretrained(tmp_path: Path, kind: Kind) -> None:
+    source = make_checkpoint(tmp_path / "source", kind, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    stream = CheckpointStream(model, lambda: ((n, p.data) for n, p in model.named_parameters()), torch.float32)
+    for limit, shards in ((10**9, 1), (300_000, 3)):
+        directory = tmp_path / str(limit)
+        directory.mkdir()
+        checkpoint.write_weights(directory, stream, limit)
+        checkpoint.write_texts(directory, model, source)
+        assert len(list(directory.glob("model*.safetensors"))) >= shards
+        files = [load_file(path) for path in sorted(directory.glob("*.safetensors"))]
+        written = {name: tensor for file in files for name, tensor in file.items()}
+        expected = load_file(source / "model.safetensors")
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[name], expected[name]) for name in expected)
+        loaded = AutoModelForCausalLM.from_pretrained(directory)
+        ids = torch.arange(3, 40)[None]
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_schedule() -> None:
+    config = LearnerConfig(learning_rate=1.0, warmup_steps=4, schedule=Schedule.cosine, min_lr_ratio=0.2)
+    rates = [learning_rate(config, step, 15) for step in range(16)]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[9] == pytest.approx(0.6)  # halfway between steps 4 and 14
+    assert rates[14] == rates[15] == pytest.approx(0.2)
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+    config.schedule = Schedule.constant
+    assert [learning_rate(config, step, 15) for step in (3, 4, 14)] == [1.0, 1.0, 1.0]
+
+
+def test_pack_points_at_the_rows_before_each_response_token() -> None:
+    samples = []
+    for prompt_ids, response in (([5, 6, 7], [8, 9]), ([10], [11, 12, 13])):
+        prompt = Prompt("p", (), np.array(prompt_ids, np.int32), "think", 0)
+        ids = np.array(response, np.int32)
+        rollout = Rollout(prompt, 0, ids, np.zeros(len(ids), np.float32), (), "stop", 0, 0.0, 0.0)
+        samples.append(Scored(rollout, TeacherSignal("hidden", len(ids), ray.ObjectRef.nil(), 0, 0, 0.0, 0.0, 0)))
+    tokens = pack(samples)
+    assert tokens.input_ids.tolist() == [[5, 6, 7, 8], [10, 11, 12, 0]]
+    assert tokens.targets.tolist() == [8, 9, 11, 12, 13]
+    # Each row holds the token just before its target.
+    assert tokens.input_ids.flatten()[tokens.rows].tolist() == [7, 8, 10, 11, 12]
