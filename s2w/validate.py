@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2w.config import Config, SignalKind, StudentInit
+from s2w.config import Config, OffPolicyLoss, SignalKind, StudentInit
 from s2w.errors import ConfigError
 from s2w.learner.carriage import carries
 from s2w.learner.divergence import make_divergence
@@ -38,14 +38,18 @@ class Facts:
     """Longest prompt plus response, tokens."""
 
 
-def check(config: Config) -> Facts:
+def check(config: Config, *, generating: bool = False) -> Facts:
     """Checks all that can be known without the cluster.
+
+    Args:
+        generating: the teacher's responses are generated, even if off_policy.steps is 0.
 
     Raises:
         ConfigError: one sentence: what is wrong, where, what to write instead.
     """
     _check_numbers(config)
     _check_loss(config)
+    _check_off_policy(config)
     _check_run_directory(config)
     teacher = read_checkpoint(config.teacher.model, config.teacher.revision)
     student = read_checkpoint(config.student.model, config.student.revision)
@@ -58,12 +62,16 @@ def check(config: Config) -> Facts:
     if (budget := config.rollout.thinking_budget) is not None:
         check_thinking_budget(budget, "rollout.thinking_budget", config.rollout, student.tokenizer)
     length = config.data.max_prompt_tokens + config.rollout.max_tokens
-    for side, checkpoint in (("teacher", teacher), ("student", student)):
-        if checkpoint.max_model_len is not None and length > checkpoint.max_model_len:
-            raise ConfigError(
-                f"data.max_prompt_tokens + rollout.max_tokens = {length} is more than the {side}'s context of "
-                f"{checkpoint.max_model_len} tokens: write smaller ones"
-            )
+    lengths = {"rollout.max_tokens": length}
+    if generating or config.off_policy.steps:
+        lengths["off_policy.max_tokens"] = config.data.max_prompt_tokens + config.off_policy.max_tokens
+    for setting, tokens in lengths.items():
+        for side, checkpoint in (("teacher", teacher), ("student", student)):
+            if checkpoint.max_model_len is not None and tokens > checkpoint.max_model_len:
+                raise ConfigError(
+                    f"data.max_prompt_tokens + {setting} = {tokens} is more than the {side}'s context of "
+                    f"{checkpoint.max_model_len} tokens: write smaller ones"
+                )
     for setting, checkpoint, parallel in (
         ("teacher.tensor_parallel", teacher, config.teacher.tensor_parallel),
         ("rollout.tensor_parallel", student, config.rollout.tensor_parallel),
@@ -83,6 +91,8 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
     Raises:
         ConfigError: names the resource, how much is asked for, and how much there is.
     """
+    if config.off_policy.steps and config.off_policy.path is None:
+        check_generation(config, device, available)
     teacher, rollout, learner = config.teacher, config.rollout, config.learner
     cpus = teacher.replicas * teacher.cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
     there = available.get("CPU", 0)
@@ -101,6 +111,19 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
             raise ConfigError(
                 f"the run asks for {gpus:g} GPUs (teachers {of_teachers}, rollout engines {of_rollouts}, learner "
                 f"{learner.ranks * learner.gpus:g}) but the cluster has {there:g}"
+            )
+
+
+def check_generation(config: Config, device: str, available: dict[str, float]) -> None:
+    """:func:`check_resources` for the engines that generate the teacher's responses; nothing else runs beside them."""
+    teacher = config.teacher
+    engines = config.off_policy.engines or teacher.replicas
+    needs = {"CPU": engines * teacher.cpus, "GPU": engines * teacher.tensor_parallel if device == "cuda" else 0}
+    for resource, needed in needs.items():
+        if needed > (there := available.get(resource, 0)):
+            raise ConfigError(
+                f"{engines} engines that generate the teacher's responses take {needed:g} {resource}s but the cluster "
+                f"has {there:g}: write a smaller off_policy.engines"
             )
 
 
@@ -176,6 +199,43 @@ def _check_loss(config: Config) -> None:
     if carriage.strength == "not possible":
         raise ConfigError(
             f"signal.kind={config.signal.kind.value} cannot carry loss.divergence={loss.divergence}: {carriage.reason}"
+        )
+
+
+def _check_off_policy(config: Config) -> None:
+    off = config.off_policy
+    at_least_one = {
+        "samples_per_prompt": off.samples_per_prompt,
+        "max_tokens": off.max_tokens,
+        "shard_responses": off.shard_responses,
+        "responses_per_step": off.responses_per_step,
+        "prompts": 1 if off.prompts is None else off.prompts,
+        "engines": 1 if off.engines is None else off.engines,
+    }
+    at_least_zero = {
+        "steps": off.steps,
+        "temperature": off.temperature,
+        "heldout_responses": off.heldout_responses,
+        "warmup_steps": off.warmup_steps,
+        "eval_every": off.eval_every,
+        "checkpoint_every": off.checkpoint_every,
+        "filters.min_tokens": off.filters.min_tokens,
+        "filters.loop_ngram": off.filters.loop_ngram,
+        "filters.cjk_share": off.filters.cjk_share,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"off_policy.{name}={value}: write at least 1")
+    for name, amount in at_least_zero.items():
+        if amount < 0:
+            raise ConfigError(f"off_policy.{name}={amount}: write 0 or more")
+    if off.learning_rate <= 0 or not math.isfinite(off.learning_rate):
+        raise ConfigError(f"off_policy.learning_rate={off.learning_rate}: write a number above 0")
+    kind = config.signal.kind
+    if off.steps and off.loss is OffPolicyLoss.divergence and kind not in (SignalKind.hidden, SignalKind.topk):
+        raise ConfigError(
+            f"off_policy.loss=divergence with signal.kind={kind.value}: the student has not sampled the teacher's "
+            "responses, so only hidden and topk say what is needed"
         )
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from s2w.records import Heldout, StepReport
+from s2w.records import Heldout, OffPolicyReport, StepReport
 
 
 class Progress:
@@ -68,6 +68,14 @@ class Progress:
             )
         )
 
+    def off_policy_step(self, report: OffPolicyReport, steps: int) -> None:
+        """The line of one of ``steps`` steps of the off-policy phase."""
+        self.say(
+            f"off-policy {report.step}/{steps}  loss {report.loss:.4f}  entropy {report.student_entropy:.2f}  "
+            f"agree {report.agreement:.0%}  epoch {report.epoch:.2f}  rate {report.learning_rate:.1e}  "
+            f"{report.tokens_per_second:,.0f} tok/s  {report.seconds:.1f} s"
+        )
+
     def heldout(self, result: Heldout) -> None:
         """The line of one held-out evaluation."""
         self.say(
@@ -79,6 +87,11 @@ class Progress:
         """What the run ends with; ``summary`` is that of summary.json."""
         before, after = summary["heldout"]["before"], summary["heldout"]["after"]
         self.say("")
+        if off_policy := summary.get("off_policy"):
+            self.say(
+                f"off-policy held-out loss, nats a token: {off_policy['before']['loss']:.4f} before, "
+                f"{off_policy['after']['loss']:.4f} after {off_policy['after']['step']} steps"
+            )
         self.say(f"{'held-out KL, nats a token':<28}{'before':>10}{'after':>10}{'ratio':>9}")
         rows = {"forward_kl": "forward, KL(teacher||student)", "reverse_kl": "reverse, KL(student||teacher)"}
         for name, text in rows.items():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, heldout.jsonl, TensorBoard, W&B, summary.json."""
+"""What a run leaves behind: metrics.jsonl, heldout.jsonl of each phase, TensorBoard, W&B, summary.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from s2w.records import Heldout, StepReport
+from s2w.records import Heldout, OffPolicyHeldout, OffPolicyReport, StepReport
 
 
 class Recorder:
@@ -17,6 +17,7 @@ class Recorder:
     Args:
         directory: the run directory; made if missing.
         step: updates already done (resume). Later lines of an interrupted run are dropped.
+        off_policy_step: the same of the off-policy phase.
         config: the resolved configuration, for W&B.
         tensorboard: write ``tensorboard/``.
         wandb: project name, or None.
@@ -28,6 +29,7 @@ class Recorder:
         directory: Path,
         *,
         step: int,
+        off_policy_step: int,
         config: dict[str, Any],
         tensorboard: bool,
         wandb: str | None,
@@ -36,8 +38,11 @@ class Recorder:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics, self.heldout_lines = directory / "metrics.jsonl", directory / "heldout.jsonl"
-        _keep(self.metrics, lambda line: line["step"] <= step)
+        self.off_policy_heldout_lines = directory / "off_policy" / "heldout.jsonl"
+        done = {"on_policy": step, "off_policy": off_policy_step}
+        _keep(self.metrics, lambda line: line["step"] <= done[line["phase"]])
         _keep(self.heldout_lines, lambda line: line["version"] <= step)
+        _keep(self.off_policy_heldout_lines, lambda line: line["step"] <= off_policy_step)
         self._tensorboard = self._wandb = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -47,6 +52,9 @@ class Recorder:
             import wandb as library
 
             self._wandb = library.init(project=wandb, name=name, dir=str(directory), config=config, resume="allow")
+            # Each phase counts its own steps; W&B's own counter may only rise.
+            self._wandb.define_metric("*", step_metric="step")
+            self._wandb.define_metric("off_policy/*", step_metric="off_policy/step")
 
     def step(self, report: StepReport) -> None:
         """Adds the line of one step."""
@@ -59,6 +67,26 @@ class Recorder:
         line = asdict(result)
         _append(self.heldout_lines, line)
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
+
+    def off_policy_step(self, report: OffPolicyReport) -> None:
+        """Adds the line of one step of the off-policy phase."""
+        line = asdict(report)
+        _append(self.metrics, line)
+        self._scalars(line, report.step, "off_policy/")
+
+    def off_policy_heldout(self, result: OffPolicyHeldout) -> None:
+        """Adds one held-out evaluation of the off-policy phase."""
+        line = asdict(result)
+        self.off_policy_heldout_lines.parent.mkdir(exist_ok=True)
+        _append(self.off_policy_heldout_lines, line)
+        self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.step, "off_policy/")
+
+    def off_policy_evaluations(self) -> list[OffPolicyHeldout]:
+        """All held-out evaluations of the off-policy phase so far."""
+        if not self.off_policy_heldout_lines.exists():
+            return []
+        lines = self.off_policy_heldout_lines.read_text().splitlines()
+        return [OffPolicyHeldout(**json.loads(line)) for line in lines]
 
     def evaluations(self) -> list[Heldout]:
         """All held-out evaluations of this run so far, also from before it was resumed."""
@@ -77,13 +105,13 @@ class Recorder:
         if self._wandb:
             self._wandb.finish()
 
-    def _scalars(self, line: dict[str, Any], step: int) -> None:
-        scalars = dict(_flatten(line))
+    def _scalars(self, line: dict[str, Any], step: int, prefix: str = "") -> None:
+        scalars = dict(_flatten({name: value for name, value in line.items() if name != "phase"}, prefix))
         if self._tensorboard:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(scalars, step=step)
+            self._wandb.log({**scalars, f"{prefix}step": step})
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -1,0 +1,69 @@
+"""The responses that the student learns: generated, or read from a file, then filtered; and what was dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from s2w.config import Config
+from s2w.data.verifier_process import VerifierProcess
+from s2w.errors import ConfigError
+from s2w.modes import opens_thinking
+from s2w.observe.progress import Progress
+from s2w.off_policy.dataset import DROPPED, read_dataset
+from s2w.off_policy.filters import Filtered, apply_filters
+from s2w.off_policy.generate import generate, open_store, teacher_prompts
+from s2w.off_policy.response import Response
+from s2w.off_policy.shards import write_responses
+from s2w.validate import Facts
+
+TABLE = "filters.json"
+
+
+async def collect(config: Config, facts: Facts, device: str, directory: Path, progress: Progress) -> list[Response]:
+    """Responses that passed the filters; those that are missing are generated first.
+
+    Writes the shards, ``filters.json`` and ``dropped.parquet`` (with the column ``reason``) into ``directory``.
+
+    Args:
+        device: of the engines, cuda or cpu.
+
+    Raises:
+        ConfigError: the dataset cannot be read, or nothing passes the filters; the message shows the table.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if config.off_policy.path is not None:
+        provenance = {"path": config.off_policy.path}
+        responses = await asyncio.to_thread(read_dataset, config, facts)
+    else:
+        prompts = teacher_prompts(config, facts.student.tokenizer)
+        store = open_store(config, facts, directory)
+        provenance = store.provenance
+        await generate(config, facts, prompts, store, device, progress)
+        responses = store.read(prompts, config.off_policy.samples_per_prompt)
+    filtered = await asyncio.to_thread(_filter, config, facts, responses)
+    (directory / TABLE).write_text(json.dumps(filtered.table(), indent=2) + "\n")
+    dropped = [response for response, _ in filtered.dropped]
+    write_responses(directory / DROPPED, dropped, provenance, reasons=[reason for _, reason in filtered.dropped])
+    if not filtered.kept:
+        raise ConfigError(
+            f"none of the teacher's responses passed the filters; {directory / DROPPED} holds them:\n{filtered.text()}"
+        )
+    progress.say(filtered.text())
+    return filtered.kept
+
+
+def _filter(config: Config, facts: Facts, responses: list[Response]) -> Filtered:
+    filters = config.off_policy.filters
+    with ExitStack() as stack:
+        verifies = filters.verified and any(response.prompt.task for response in responses)
+        return apply_filters(
+            responses,
+            filters,
+            max_tokens=config.off_policy.max_tokens,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            opened=opens_thinking(facts.student.tokenizer),
+            verifier=stack.enter_context(VerifierProcess()) if verifies else None,
+        )

@@ -1,0 +1,189 @@
+"""Ready responses from a file: rendered as prompts of their mode, tokenised once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from s2w.config import Config
+from s2w.data.tasks import derive_seed
+from s2w.data.verifiers import VERIFIERS, check_verifier
+from s2w.errors import ConfigError
+from s2w.modes import (
+    EMPTY_THINK_BLOCK,
+    THINK_OPEN,
+    opens_thinking,
+    render,
+    soft_switch,
+    split_thinking,
+    supported_modes,
+)
+from s2w.off_policy.response import Response
+from s2w.records import Mode, Prompt
+from s2w.validate import Facts
+
+DROPPED = "dropped.parquet"
+"""Left out of a directory of Parquet files: what the filters of a generation dropped."""
+
+Messages = tuple[dict[str, str], ...]
+
+
+def read_dataset(config: Config, facts: Facts) -> list[Response]:
+    """The responses in ``off_policy.path``, each a training example that ends with the teacher's end-of-sequence token.
+
+    A row's mode is its column ``mode``, else the soft switch in its messages, else whether its response thinks.
+
+    Raises:
+        ConfigError: there is no such file, a row lacks a column or has a value that is not allowed.
+    """
+    assert config.off_policy.path is not None
+    path = Path(config.off_policy.path).expanduser()
+    tokenizer = facts.student.tokenizer
+    modes, opened = supported_modes(tokenizer), opens_thinking(tokenizer)
+    prompts: list[Prompt] = []
+    texts: list[str] = []
+    rendered: list[str] = []
+    for where, row in _rows(path):
+        messages, text = _conversation(where, row)
+        if config.data.system_prompt is not None and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": config.data.system_prompt}, *messages)
+        mode = _mode(where, row, messages, text, modes)
+        task, answer = _task(where, row)
+        metadata = _metadata(row, messages, answer) if task and task not in VERIFIERS else {}
+        rendered.append(render(tokenizer, messages, mode, dict(config.data.chat_template_kwargs)))
+        texts.append(_without_prefix(text, mode, opened))
+        uid = f"{path.stem}/{len(prompts)}"
+        seed = derive_seed("prompt", config.run.seed, uid)
+        prompts.append(Prompt(uid, messages, np.empty(0, np.int32), mode, seed, task, answer, metadata))
+    if not prompts:
+        raise ConfigError(f"{str(path)!r} holds no responses")
+    if not facts.teacher.eos_token_ids:
+        raise ConfigError(f"{facts.teacher.reference!r} has no end-of-sequence token to put after the responses")
+    end = facts.teacher.eos_token_ids[0]
+    # Neither has a special token that is not spelt out.
+    prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    response_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [
+        Response(
+            prompt=Prompt(p.uid, p.messages, np.asarray(given, np.int32), p.mode, p.seed, p.task, p.answer, p.metadata),
+            sample=0,
+            token_ids=np.asarray([*ids, end], np.int32),
+            text=text,
+            finish_reason="stop",
+        )
+        for p, given, ids, text in zip(prompts, prompt_ids, response_ids, texts, strict=True)
+    ]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file or of all Parquet files of a directory, each with words that say where it stands."""
+    if path.is_dir():
+        files = [file for file in sorted(path.glob("*.parquet")) if file.name != DROPPED]
+        if not files:
+            raise ConfigError(f"off_policy.path={path}: the directory holds no .parquet file")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise ConfigError(f"off_policy.path={path}: there is no such file or directory")
+    for file in files:
+        if file.suffix == ".parquet":
+            rows: Iterator[dict[str, Any]] = (
+                row for batch in pq.ParquetFile(file).iter_batches() for row in batch.to_pylist()
+            )
+        elif file.suffix == ".jsonl":
+            rows = _json_lines(file)
+        else:
+            raise ConfigError(f"off_policy.path={path} is neither .jsonl nor .parquet nor a directory")
+        for number, row in enumerate(rows):
+            yield f"{str(file)!r}, row {number}", row
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{str(file)!r}, line {number}, is not a JSON object")
+            yield row
+
+
+def _conversation(where: str, row: dict[str, Any]) -> tuple[Messages, str]:
+    """The messages of the prompt, and the response."""
+    there = ", ".join(row) or "none"
+    if row.get("messages") is not None:
+        messages = _messages(where, row["messages"])
+        if messages[-1]["role"] != "assistant" or len(messages) == 1:
+            raise ConfigError(f"{where}: the last of its messages must be the assistant's, after a prompt")
+        return messages[:-1], messages[-1]["content"]
+    missing = [name for name in ("prompt", "response") if row.get(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{where} has no `{'` and no `'.join(missing)}`: a response is a row with `messages`, or with `prompt` and "
+            f"`response`; its columns are: {there}"
+        )
+    if not isinstance(row["response"], str):
+        raise ConfigError(f"{where}: `response` is a string, not {row['response']!r}")
+    given = row["prompt"]
+    messages = _messages(where, [{"role": "user", "content": given}] if isinstance(given, str) else given)
+    return messages, row["response"]
+
+
+def _messages(where: str, given: Any) -> Messages:
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"{where}: messages are a list of objects with `role` and `content`")
+    for message in given:
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise ConfigError(f"{where}: a message has a `role` and a `content`, both strings, not {message!r}")
+    return tuple({"role": message["role"], "content": message["content"]} for message in given)
+
+
+def _mode(where: str, row: dict[str, Any], messages: Messages, text: str, modes: tuple[Mode, ...]) -> Mode:
+    mode = row.get("mode")
+    if mode is not None and mode not in get_args(Mode):
+        raise ConfigError(f"{where} has mode {mode!r}; a mode is {' or '.join(get_args(Mode))}")
+    if mode is None:
+        mode = soft_switch(messages)
+    if mode is not None:
+        return mode
+    mode = "think" if split_thinking(text, "think").thought else "no_think"
+    return mode if mode in modes else modes[0]
+
+
+def _task(where: str, row: dict[str, Any]) -> tuple[str, str | None]:
+    answer = row.get("answer")
+    task = row.get("task") or ("exact_match" if answer is not None else "")
+    if task:
+        try:
+            check_verifier(task)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    return task, None if answer is None else str(answer)
+
+
+def _metadata(row: dict[str, Any], messages: Messages, answer: str | None) -> dict[str, Any]:
+    """What a reasoning-gym scorer needs; a generated shard has all of it, other files the entry's metadata."""
+    given = row.get("metadata") or {}
+    if isinstance(given, str):
+        given = json.loads(given)
+    if "entry" in given:
+        return given
+    return {"entry": {"question": messages[-1]["content"], "answer": answer, "metadata": given}}
+
+
+def _without_prefix(text: str, mode: Mode, opened: bool) -> str:
+    """The response as it follows a rendered prompt, which may already hold the start of the think block."""
+    if mode == "no_think":
+        return text.removeprefix(EMPTY_THINK_BLOCK)
+    if opened and text.lstrip().startswith(THINK_OPEN):
+        return text.lstrip().removeprefix(THINK_OPEN).removeprefix("\n")
+    return text

@@ -1,0 +1,337 @@
+"""The off-policy phase: the teacher's responses -> filters -> updates of the student; a checkpoint in, one out.
+
+With ``off_policy.loss=cross_entropy`` the student minimises the log-loss of the responses' tokens. That is the
+forward KL to the distribution that is 1 at the token, so the same kernel computes it: signal ``topk`` with that one
+id, log-prob 0 and an empty tail. With ``divergence`` the teacher scores the responses and the student minimises
+``loss.divergence`` on them: GKD (Agarwal et al. 2024, arXiv 2306.13649) with lambda = 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from s2w.config import Config, OffPolicyConfig, OffPolicyLoss, SignalConfig, SignalKind
+from s2w.errors import ConfigError
+from s2w.hardware import resolve_dtype
+from s2w.job import Job
+from s2w.learner import checkpoint
+from s2w.learner.group import LearnerGroup
+from s2w.observe.progress import Progress
+from s2w.observe.recorder import Recorder
+from s2w.off_policy.collect import collect
+from s2w.off_policy.response import Response
+from s2w.records import OffPolicyHeldout, OffPolicyReport, Rollout, Scored, TeacherSignal
+from s2w.teacher.pool import TeacherPool
+
+DIRECTORY = Path("off_policy")
+"""Of the phase's files, in the run directory."""
+CHECKPOINTS = DIRECTORY / "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Responses to learn from, and held-out ones to other prompts."""
+
+    train: list[Response]
+    heldout: list[Response]
+
+
+def split(responses: Sequence[Response], heldout: int, seed: int) -> Split:
+    """Holds out all responses to randomly chosen prompts, until there are ``heldout``; both parts keep the order.
+
+    Raises:
+        ConfigError: nothing would be left to learn from.
+    """
+    prompts = [json.dumps(response.prompt.messages) for response in responses]
+    counts = Counter(prompts)
+    distinct = list(counts)
+    chosen: set[str] = set()
+    held = 0
+    for i in np.random.default_rng(seed).permutation(len(distinct)):
+        if held >= heldout:
+            break
+        chosen.add(distinct[i])
+        held += counts[distinct[i]]
+    pairs = list(zip(responses, prompts, strict=True))
+    train = [response for response, prompt in pairs if prompt not in chosen]
+    if not train:
+        raise ConfigError(
+            f"off_policy.heldout_responses={heldout} leaves none of {len(responses)} responses to learn from: write a "
+            "smaller number, or generate more responses (off_policy.prompts, off_policy.samples_per_prompt)"
+        )
+    return Split(train, [response for response, prompt in pairs if prompt in chosen])
+
+
+class ResponseStream:
+    """Batches by number: every epoch is its own permutation, each response in it once; a batch may span two."""
+
+    def __init__(self, responses: Sequence[Response], size: int, seed: int) -> None:
+        self.responses, self.size, self.seed = responses, size, seed
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def batch(self, step: int) -> list[Response]:
+        """Responses of update ``step``, from 0."""
+        count = len(self.responses)
+        positions = range(step * self.size, (step + 1) * self.size)
+        return [self.responses[self._order(position // count)[position % count]] for position in positions]
+
+    def fingerprint(self) -> str:
+        """Changes with the responses, their order and the seed."""
+        digest = hashlib.sha256(str(self.seed).encode())
+        for response in self.responses:
+            digest.update(f"{response.key} {len(response.token_ids)} ".encode() + response.token_ids.tobytes())
+        return digest.hexdigest()
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.responses))
+
+
+def learner_settings(config: Config) -> Config:
+    """The configuration of the learner in this phase: its own learning rate and steps, and the loss of its signal."""
+    off = config.off_policy
+    learner = replace(
+        config.learner,
+        learning_rate=off.learning_rate,
+        schedule=off.schedule,
+        warmup_steps=off.warmup_steps,
+        min_lr_ratio=off.min_lr_ratio,
+    )
+    settings = replace(config, learner=learner, loop=replace(config.loop, steps=off.steps))
+    if off.loss is OffPolicyLoss.divergence:
+        return settings
+    one_hot_signal = SignalConfig(SignalKind.topk, top_k=1)
+    return replace(settings, signal=one_hot_signal, loss=replace(config.loss, divergence="forward_kl", temperature=1.0))
+
+
+def one_hot(rollout: Rollout) -> TeacherSignal:
+    """The signal of a teacher that is certain of each response token."""
+    rows = len(rollout.token_ids)
+    payload = {
+        "ids": rollout.token_ids[:, None],
+        "log_probs": np.zeros((rows, 1), np.float32),
+        "log_tail": np.full(rows, -np.inf, np.float32),
+    }
+    now = time.time()
+    return TeacherSignal(
+        kind="topk",
+        rows=rows,
+        payload=ray.put(payload),
+        nbytes=sum(array.nbytes for array in payload.values()),
+        teacher=-1,
+        started=now,
+        finished=now,
+        cached_tokens=0,
+    )
+
+
+async def run_phase(job: Job, student: Path) -> Path:
+    """Runs the phase, or what is left of it.
+
+    The parts start one after the other, so that they can use the same GPUs: first the engines that generate, then
+    the learner and, for ``loss=divergence``, the teacher that scores.
+
+    Args:
+        student: directory of the checkpoint to start from.
+
+    Returns:
+        Directory of the phase's last checkpoint: the student that the on-policy phase starts from.
+
+    Raises:
+        ConfigError: no responses to learn from, or others than those of the checkpoint to continue from.
+    """
+    config, facts, device, progress = job.config, job.facts, job.device, job.progress
+    off, directory, checkpoints = config.off_policy, job.directory / DIRECTORY, job.directory / CHECKPOINTS
+    last = checkpoint.latest(checkpoints) if config.run.resume else None
+    state: dict[str, Any] = checkpoint.read_state(last) if last else {"step": 0}
+    if last and state["step"] >= off.steps:
+        progress.say(f"the off-policy phase is done: {last}")
+        return last
+    responses = split(await collect(config, facts, device, directory, progress), off.heldout_responses, config.run.seed)
+    stream = ResponseStream(responses.train, off.responses_per_step, config.run.seed)
+    if last:
+        if state["data"]["responses"] != stream.fingerprint():
+            raise ConfigError(f"cannot resume: {last} has learned other responses than those in {directory}")
+        progress.say(f"continues after off-policy step {state['step']} from {last}")
+
+    settings = learner_settings(config)
+    teachers: TeacherPool | None = None
+    learner: LearnerGroup | None = None
+    progress.say(f"{off.steps:,} off-policy steps on {len(responses.train):,} responses; starting the learner ...")
+    try:
+        async with asyncio.TaskGroup() as group:
+            starting = group.create_task(LearnerGroup.start(settings, student, device, facts.vocabulary.vocab_size))
+            if off.loss is OffPolicyLoss.divergence:
+                teachers = TeacherPool(
+                    config.teacher,
+                    config.signal,
+                    config.loss.temperature,
+                    device=device,
+                    dtype=resolve_dtype(config.teacher.dtype, device),
+                    max_model_len=config.data.max_prompt_tokens + off.max_tokens,
+                )
+                group.create_task(teachers.start(config.cluster.start_timeout_s))
+        learner = starting.result()
+        if last:
+            await learner.load(last)
+        phase = OffPolicyPhase(
+            off,
+            objective=settings.loss.divergence,
+            stream=stream,
+            heldout=responses.heldout,
+            learner=learner,
+            teachers=teachers,
+            deterministic=config.run.deterministic,
+            recorder=job.recorder,
+            progress=progress,
+            checkpoints=checkpoints,
+            keep=config.loop.keep_checkpoints,
+            step=state["step"],
+        )
+        return await phase.run()
+    finally:
+        if teachers is not None:
+            await teachers.shutdown()
+        if learner is not None:
+            learner.shutdown()
+
+
+class OffPolicyPhase:
+    """Runs the updates of the phase.
+
+    Args:
+        settings: of the phase.
+        objective: divergence that the held-out loss is.
+        stream: responses to learn from.
+        heldout: responses of the held-out loss; may be empty.
+        learner: with the configuration of :func:`learner_settings`.
+        teachers: score the responses; None for cross-entropy.
+        deterministic: batches are scored as a whole.
+        checkpoints: directory of the phase's checkpoints.
+        keep: checkpoints that stay on disk.
+        step: updates that the learner's weights have already had (resume).
+    """
+
+    def __init__(
+        self,
+        settings: OffPolicyConfig,
+        *,
+        objective: str,
+        stream: ResponseStream,
+        heldout: list[Response],
+        learner: LearnerGroup,
+        teachers: TeacherPool | None,
+        deterministic: bool,
+        recorder: Recorder,
+        progress: Progress,
+        checkpoints: Path,
+        keep: int,
+        step: int,
+    ) -> None:
+        self.settings, self.objective = settings, objective
+        self.stream, self.heldout = stream, heldout
+        self.learner, self.teachers, self.deterministic = learner, teachers, deterministic
+        self.recorder, self.progress = recorder, progress
+        self.checkpoints, self.keep = checkpoints, keep
+        self.step = self.saved = step
+
+    async def run(self) -> Path:
+        """Does the steps that are left, then saves; returns the directory of the last checkpoint."""
+        ahead: asyncio.Task[list[Scored]] | None = None
+        try:
+            if not self.recorder.off_policy_evaluations():
+                await self.evaluate()
+            while self.step < self.settings.steps:
+                began = time.monotonic()
+                samples = await (ahead or self.signals(self.stream.batch(self.step)))
+                # The teacher scores the next batch while the learner learns this one.
+                ahead = None
+                if self.step + 1 < self.settings.steps:
+                    ahead = asyncio.create_task(self.signals(self.stream.batch(self.step + 1)))
+                update = await self.learner.step(samples, self.step)
+                self.step += 1
+                tokens = sum(len(sample.rollout.input_ids) for sample in samples)
+                report = OffPolicyReport(
+                    step=self.step,
+                    epoch=self.step * self.settings.responses_per_step / len(self.stream.responses),
+                    loss=update.loss,
+                    divergence=update.means.divergence,
+                    student_entropy=update.means.student_entropy,
+                    agreement=update.means.agreement,
+                    grad_norm=update.grad_norm,
+                    learning_rate=update.learning_rate,
+                    responses=len(samples),
+                    response_tokens=update.means.tokens,
+                    tokens_per_second=tokens / update.seconds,
+                    seconds=time.monotonic() - began,
+                )
+                self.recorder.off_policy_step(report)
+                self.progress.off_policy_step(report, self.settings.steps)
+                if self.due(self.settings.eval_every) or self.step == self.settings.steps:
+                    await self.evaluate()
+                if self.step == self.settings.steps or self.due(self.settings.checkpoint_every):
+                    await self.save()
+        except BaseException:
+            await self.rescue()
+            raise
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+        return checkpoint.step_dir(self.checkpoints, self.step)
+
+    async def signals(self, responses: Sequence[Response]) -> list[Scored]:
+        """The responses with what the student shall learn of them."""
+        rollouts = [response.as_rollout() for response in responses]
+        teachers = self.teachers
+        if teachers is None:
+            signals = [one_hot(rollout) for rollout in rollouts]
+        elif self.deterministic:
+            signals = await teachers.score_batch(rollouts)
+        else:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(teachers.score(rollout)) for rollout in rollouts]
+            signals = [task.result() for task in tasks]
+        return [Scored(*pair) for pair in zip(rollouts, signals, strict=True)]
+
+    async def evaluate(self) -> None:
+        """Loss on the held-out responses."""
+        if not self.heldout:
+            return
+        samples = await self.signals(self.heldout)
+        values = await self.learner.evaluate(samples, [self.objective])
+        tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+        result = OffPolicyHeldout(self.step, values[self.objective], tokens)
+        self.recorder.off_policy_heldout(result)
+        self.progress.say(
+            f"off-policy held-out loss after {self.step} steps: {result.loss:.4f} nats a token over {tokens:,} tokens"
+        )
+
+    async def save(self) -> None:
+        """Checkpoint of the last update."""
+        data = {"responses": self.stream.fingerprint()}
+        path = await self.learner.save(self.checkpoints, self.step, data, self.keep)
+        self.saved = self.step
+        self.progress.say(f"saved {path}")
+
+    async def rescue(self) -> None:
+        """Saves what the phase has learned so far, when it ends before its time."""
+        if self.step == self.saved:
+            return
+        try:
+            await self.save()
+        except Exception as error:
+            self.progress.say(f"the off-policy updates since step {self.saved} could not be saved: {error}")
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps is due after this one."""
+        return every > 0 and self.step % every == 0
