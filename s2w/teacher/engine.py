@@ -134,9 +134,12 @@ class TeacherEngine:
                 await self._enqueue(job)
         finally:
             await self.resume()
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._finish(job)) for job in jobs]
-        return [task.result() for task in tasks]
+        tasks = [asyncio.create_task(self._finish(job)) for job in jobs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # those that wait when another has failed
 
     async def pause(self) -> None:
         """Stops scheduling and empties the prefix cache; requests that arrive wait for :meth:`resume`."""
@@ -166,6 +169,8 @@ class TeacherEngine:
         input_ids, rows = rollout.input_ids, len(rollout.token_ids)
         if not rows or not len(rollout.prompt.token_ids):
             raise ValueError(f"{rollout.uid}: the prompt or the response is empty")
+        if len(input_ids) > self._max_model_len:
+            raise ValueError(f"{rollout.uid}: {len(input_ids)} tokens, the teacher takes {self._max_model_len}")
         self._check_ids(input_ids, rollout, "token ids")
         wanted: dict[str, Any] = {
             "kind": request.kind,

@@ -154,10 +154,12 @@ class TeacherPool:
                 return
             raise RuntimeError(f"teacher {replica} died {ATTEMPTS} times while it scored {rollouts[share[0]].uid}, ...")
 
-        async with asyncio.TaskGroup() as group:
-            for replica, share in enumerate(shares):
-                if share:
-                    group.create_task(score_share(replica, share))
+        tasks = [asyncio.create_task(score_share(replica, share)) for replica, share in enumerate(shares) if share]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # those that wait when another has failed
         return [signals[position] for position in range(len(rollouts))]
 
     async def stats(self) -> list[dict[str, float]]:
