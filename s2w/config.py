@@ -406,8 +406,7 @@ class EvalConfig:
     template: str = "{question}"
     """Text of the user's message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
     verifier: str = "math_verify"
-    """How answers of a file are checked: math_verify, exact_match or a reasoning-gym task. (Multiple choice:
-    exact_match.)"""
+    """How answers of a file are checked: math_verify or exact_match. (Letters of choices: always exact_match.)"""
     samples: int = 4
     """Responses to each problem in each mode."""
     k: list[int] = field(default_factory=lambda: [1])

@@ -1,0 +1,163 @@
+"""The program behind ``s2w eval``: a checkpoint, problems, samples from the rollout pool, a report."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import ray
+from transformers import PreTrainedTokenizerBase
+
+from s2w.cluster import connect, resolve_device
+from s2w.config import EvalRun
+from s2w.errors import ConfigError
+from s2w.eval.grading import Grader
+from s2w.eval.problems import make_prompts, read_problems
+from s2w.eval.report import EvalReport, make_report
+from s2w.hardware import resolve_dtype
+from s2w.models.checkpoint import Checkpoint, read_checkpoint, resolve_path
+from s2w.modes import supported_modes
+from s2w.records import Mode, Prompt, Rollout
+from s2w.rollout.pool import RolloutPool
+from s2w.rollout.thinking import check_thinking_budget
+
+Request = tuple[Prompt, int, int | None]
+"""A prompt, the number of the sample, and the thinking budget (None: none)."""
+
+
+def evaluate(run: EvalRun) -> EvalReport:
+    """Measures a checkpoint, prints the table and writes ``eval.output`` where that is set.
+
+    Raises:
+        ConfigError: bad input; nothing was started.
+    """
+    _check_numbers(run)
+    output = Path(run.eval.output) if run.eval.output else None
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(f"eval.output={output}: there is no directory {str(output.absolute().parent)!r}")
+    checkpoint = read_checkpoint(run.model, run.revision)
+    problems = read_problems(run.eval)
+    requests = [
+        (prompt, sample, budget)
+        for mode, budget in _settings(run, checkpoint.tokenizer)
+        for prompt in make_prompts(problems, mode, checkpoint.tokenizer, run.eval)
+        for sample in range(run.eval.samples)
+    ]
+    length = max(len(prompt.token_ids) for prompt, _, _ in requests) + run.rollout.max_tokens
+    if checkpoint.max_model_len is not None and length > checkpoint.max_model_len:
+        raise ConfigError(
+            f"the longest prompt and rollout.max_tokens={run.rollout.max_tokens} are {length} tokens, more than the "
+            f"model's context of {checkpoint.max_model_len}: write a smaller rollout.max_tokens"
+        )
+    connect(run.cluster)
+    try:
+        rollouts = asyncio.run(_sample(run, checkpoint, length, requests))
+    finally:
+        ray.shutdown()
+    with Grader(checkpoint.tokenizer) as grader:
+        graded = grader.grade(rollouts)
+    rollout = run.rollout
+    report = make_report(
+        zip((budget for _, _, budget in requests), graded, strict=True),
+        run.eval.k,
+        model=run.model,
+        revision=run.revision,
+        seed=run.eval.seed,
+        sampling={
+            "temperature": rollout.temperature,
+            "top_p": rollout.top_p,
+            "top_k": rollout.top_k,
+            "max_tokens": rollout.max_tokens,
+        },
+    )
+    print(report.table())
+    if output is not None:
+        output.write_text(report.to_json() + "\n")
+    return report
+
+
+def _check_numbers(run: EvalRun) -> None:
+    """Refuses numbers that no evaluation can have."""
+    evaluation, rollout = run.eval, run.rollout
+    at_least_one = {
+        "eval.samples": evaluation.samples,
+        "eval.problems": evaluation.problems,
+        "eval.max_prompt_tokens": evaluation.max_prompt_tokens,
+        "rollout.engines": rollout.engines,
+        "rollout.tensor_parallel": rollout.tensor_parallel,
+        "rollout.max_tokens": rollout.max_tokens,
+        "rollout.max_sequences": rollout.max_sequences,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: write at least 1")
+    if not evaluation.k or min(evaluation.k) < 1:
+        raise ConfigError(f"eval.k={evaluation.k}: write numbers of at least 1")
+    if (k := max(evaluation.k)) > evaluation.samples:
+        raise ConfigError(f"eval.k asks for pass@{k}, which needs {k} samples, and eval.samples={evaluation.samples}")
+    if rollout.temperature < 0:
+        raise ConfigError(f"rollout.temperature={rollout.temperature}: write 0 or more")
+    if rollout.temperature == 0 and evaluation.samples > 1:
+        raise ConfigError(
+            f"rollout.temperature=0 makes all of eval.samples={evaluation.samples} the same: write eval.samples=1"
+        )
+
+
+def _settings(run: EvalRun, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Mode, int | None]]:
+    """What is measured: modes, and in think mode its thinking budgets."""
+    modes: list[Mode] = [mode.value for mode in run.eval.modes] or list(supported_modes(tokenizer))
+    budgets = run.eval.thinking_budgets
+    name = "eval.thinking_budgets" if budgets else "rollout.thinking_budget"
+    for budget in budgets or [run.rollout.thinking_budget]:
+        if budget is not None:
+            check_thinking_budget(budget, name, run.rollout, tokenizer)
+    if budgets and "think" not in modes:
+        raise ConfigError("eval.thinking_budgets needs think mode, which eval.modes leaves out")
+    settings: list[tuple[Mode, int | None]] = []
+    for mode in dict.fromkeys(modes):
+        own = dict.fromkeys(budgets or [run.rollout.thinking_budget]) if mode == "think" else [None]
+        settings += [(mode, budget) for budget in own]
+    return settings
+
+
+async def _sample(run: EvalRun, checkpoint: Checkpoint, length: int, requests: list[Request]) -> list[Rollout]:
+    """The responses, in the order of ``requests``."""
+    resources = ray.cluster_resources()
+    device = resolve_device(run.cluster, resources)
+    config = run.rollout
+    needs = {"CPU": config.engines * config.cpus}
+    if device == "cuda":
+        needs["GPU"] = config.engines * config.tensor_parallel
+    for resource, amount in needs.items():
+        if amount > (there := resources.get(resource, 0)):
+            raise ConfigError(
+                f"rollout.engines={config.engines} reserve {amount:g} {resource}s, but the cluster has {there:g}"
+            )
+    pool = RolloutPool(
+        config,
+        model=str(resolve_path(run.model, run.revision, weights=True)),
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+        max_model_len=length,
+        candidates=0,
+        stop_token_ids=checkpoint.eos_token_ids,
+    )
+    done = 0
+
+    async def one(prompt: Prompt, sample: int, budget: int | None) -> Rollout:
+        nonlocal done
+        # No budget is one that cannot be reached: None would be the pool's own setting.
+        rollout = await pool.generate(prompt, sample, config.max_tokens if budget is None else budget)
+        done += 1
+        if sys.stderr.isatty():
+            print(f"\r{done}/{len(requests)} responses", end="\n" if done == len(requests) else "", file=sys.stderr)
+        return rollout
+
+    try:
+        await pool.start(0, run.cluster.start_timeout_s)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(*request)) for request in requests]
+        return [task.result() for task in tasks]
+    finally:
+        await pool.shutdown()

@@ -1,0 +1,85 @@
+"""What a response amounts to: right or not, obedient or not, cut off or not, how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+
+from transformers import PreTrainedTokenizerBase
+
+from s2w.data.verifier_process import VerifierProcess
+from s2w.modes import obeys, opens_thinking, split_thinking
+from s2w.records import Mode, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One response, graded."""
+
+    uid: str
+    """Of the problem."""
+    task: str
+    mode: Mode
+    correct: bool | None
+    """The verifier's score is 1; None if the problem has no verifier."""
+    obedient: bool
+    """It keeps to its mode, see :func:`s2w.modes.obeys`."""
+    truncated: bool
+    """It ended at its token limit."""
+    forced: bool
+    """The thinking budget closed its think block."""
+    tokens: int
+
+
+class Grader:
+    """Grades responses; a context manager. Its verifier runs in a child process, started when first needed.
+
+    Args:
+        tokenizer: the student's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._opened = tokenizer, opens_thinking(tokenizer)
+        self._verifier: VerifierProcess | None = None
+
+    def grade(self, rollouts: Iterable[Rollout]) -> list[Graded]:
+        """Grades in order. Not for use from several threads at once.
+
+        Raises:
+            ConfigError: a problem's verifier has no answer to compare with.
+        """
+        return [self._grade(rollout) for rollout in rollouts]
+
+    def _grade(self, rollout: Rollout) -> Graded:
+        prompt = rollout.prompt
+        text = str(self._tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
+        response = split_thinking(text, prompt.mode, opened=self._opened and prompt.mode == "think")
+        correct = None
+        if prompt.task:
+            self._verifier = self._verifier or VerifierProcess()
+            correct = self._verifier.verify(prompt, response.answer) == 1.0
+        return Graded(
+            uid=prompt.uid,
+            task=prompt.task,
+            mode=prompt.mode,
+            correct=correct,
+            obedient=obeys(response, prompt.mode),
+            truncated=rollout.finish_reason == "length",
+            forced=bool(rollout.forced),
+            tokens=len(rollout.token_ids),
+        )
+
+    def close(self) -> None:
+        """Ends the child process."""
+        if self._verifier is not None:
+            self._verifier.close()
+            self._verifier = None
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

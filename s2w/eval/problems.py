@@ -1,0 +1,168 @@
+"""What a checkpoint is asked: generated tasks, or problems and answers of a file, each in every mode."""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from s2w.config import EvalConfig
+from s2w.data.prompts import parse_messages, read_rows
+from s2w.data.tasks import check_task, derive_seed, generate
+from s2w.data.verifiers import VERIFIERS
+from s2w.errors import ConfigError
+from s2w.modes import render
+from s2w.records import Mode, Prompt
+
+HUB_FILE = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>.+)")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question with what is needed to check its answers."""
+
+    uid: str
+    messages: tuple[dict[str, str], ...]
+    task: str
+    answer: str | None
+    """None where the task's verifier needs none."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def read_problems(config: EvalConfig) -> list[Problem]:
+    """The problems of ``eval.tasks`` or ``eval.path``.
+
+    Raises:
+        ConfigError: none or both are set, there is no such task or file, or a column is missing.
+    """
+    if bool(config.tasks) == bool(config.path):
+        raise ConfigError(f"set one of eval.tasks and eval.path{', not both' if config.path else ''}")
+    if config.path:
+        return _file_problems(config, config.path)
+    if unused := config.task_options.keys() - set(config.tasks):
+        raise ConfigError(f"eval.task_options names {min(unused)!r}, which is not in eval.tasks")
+    problems = []
+    for name in dict.fromkeys(config.tasks):
+        check_task(name)
+        options = config.task_options.get(name) or {}
+        _, entries = generate(name, 0, config.problems, config.seed, options)
+        problems += [
+            Problem(
+                uid=f"{name}/heldout/{i}",
+                messages=({"role": "user", "content": entry["question"]},),
+                task=name,
+                answer=entry["answer"],
+                metadata={"entry": entry, "options": options},
+            )
+            for i, entry in enumerate(entries)
+        ]
+    return problems
+
+
+def make_prompts(
+    problems: Sequence[Problem], mode: Mode, tokenizer: PreTrainedTokenizerBase, config: EvalConfig
+) -> list[Prompt]:
+    """Every problem as a prompt in ``mode``.
+
+    Raises:
+        ConfigError: the chat template cannot ask for the mode, or a prompt is longer than eval.max_prompt_tokens.
+    """
+    prompts = []
+    for problem in problems:
+        messages = problem.messages
+        if config.system_prompt is not None and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": config.system_prompt}, *messages)
+        # The template has written every special token already.
+        ids = tokenizer(render(tokenizer, messages, mode), add_special_tokens=False)["input_ids"]
+        if len(ids) > config.max_prompt_tokens:
+            raise ConfigError(
+                f"problem {problem.uid!r} has {len(ids)} tokens, more than eval.max_prompt_tokens="
+                f"{config.max_prompt_tokens}"
+            )
+        prompts.append(
+            Prompt(
+                uid=problem.uid,
+                messages=messages,
+                token_ids=np.asarray(ids, dtype=np.int32),
+                mode=mode,
+                seed=derive_seed("eval", config.seed, problem.uid),
+                task=problem.task,
+                answer=problem.answer,
+                metadata=problem.metadata,
+            )
+        )
+    return prompts
+
+
+def _file_problems(config: EvalConfig, location: str) -> list[Problem]:
+    if config.verifier not in VERIFIERS:
+        raise ConfigError(f"eval.verifier={config.verifier}: write one of {', '.join(VERIFIERS)}")
+    if "{question}" not in config.template:
+        raise ConfigError("eval.template must contain {question}")
+    path = _fetch(location)
+    rows = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
+    columns = {"eval.prompt_column": config.prompt_column, "eval.answer_column": config.answer_column}
+    columns |= {f"eval.choice_columns[{i}]": name for i, name in enumerate(config.choice_columns)}
+    problems = []
+    for i, row in enumerate(rows):
+        for setting, column in columns.items():
+            if row.get(column) is None:
+                raise ConfigError(
+                    f"{location!r}, row {i}, has no {column!r} ({setting}); its columns are: {', '.join(row)}"
+                )
+        given, answer, task = row[config.prompt_column], str(row[config.answer_column]), config.verifier
+        if config.choice_columns:
+            wrong = [str(row[column]) for column in config.choice_columns]
+            choices, answer = _shuffled(answer, wrong, derive_seed("choices", config.seed, i))
+            given, task = f"{str(given).strip()}\n\n{choices}", "exact_match"
+        if isinstance(given, str):
+            given = config.template.replace("{question}", given)
+        problems.append(
+            Problem(f"{path.stem}/{i}", parse_messages(f"{location!r}, row {i}", given), task, answer.strip())
+        )
+    return problems
+
+
+def _shuffled(right: str, wrong: list[str], seed: int) -> tuple[str, str]:
+    """Lettered choices, a line each, and the letter of the right one."""
+    order = list(range(len(wrong) + 1))
+    random.Random(seed).shuffle(order)
+    choices = [right, *wrong]
+    lines = [f"{LETTERS[place]}) {choices[which].strip()}" for place, which in enumerate(order)]
+    return "\n".join(lines), LETTERS[order.index(0)]
+
+
+def _fetch(location: str) -> Path:
+    """The file on this machine; one on the hub is fetched into the hub cache."""
+    if not location.startswith("hf://"):
+        return Path(location).expanduser()
+    match = HUB_FILE.fullmatch(location)
+    if match is None:
+        raise ConfigError(f"eval.path={location}: write hf://datasets/OWNER/NAME/FILE or ...NAME@REVISION/FILE")
+    try:
+        return Path(hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "the hub cannot be reached and the local cache does not hold it"
+        else:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"cannot get {location} ({reason}): eval.path may also name a file on this machine"
+        ) from error
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(f"there is no file {str(path.absolute())!r}")
+    with path.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))

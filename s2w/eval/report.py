@@ -1,0 +1,174 @@
+"""Graded responses -> pass@k, obedience and length by mode: the report of ``s2w eval``, and a run's held-out scores."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from s2w.eval.grading import Graded
+from s2w.eval.statistics import Estimate, bootstrap, pass_at_k
+from s2w.records import Mode
+
+ALL = "all"
+"""Stands for all tasks together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One line of the table: a task, or all, in one mode at one thinking budget. Shares are of responses."""
+
+    task: str
+    mode: Mode
+    thinking_budget: int | None
+    problems: int
+    responses: int
+    pass_at: dict[int, Estimate]
+    """pass@k by k; mean over problems, 95 % interval over problems."""
+    obedience: float
+    truncated: float
+    forced: float
+    """Think block closed by the thinking budget."""
+    response_length: float
+    """Tokens, mean over responses."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemCount:
+    """How often one problem was solved: from these counts any pass@k and any paired test can be made again."""
+
+    uid: str
+    task: str
+    mode: Mode
+    thinking_budget: int | None
+    samples: int
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """What ``s2w eval`` found."""
+
+    model: str
+    revision: str | None
+    seed: int
+    sampling: dict[str, Any]
+    """temperature, top_p, top_k, max_tokens."""
+    scores: list[Scores]
+    problems: list[ProblemCount]
+
+    def to_json(self) -> str:
+        """The report as JSON; keys of ``pass_at`` are the k as strings."""
+        return json.dumps(asdict(self), indent=2)
+
+    def table(self) -> str:
+        """The report as text, one line for each of ``scores``."""
+        several = len({scores.task for scores in self.scores}) > 1
+        budgets = any(scores.thinking_budget is not None for scores in self.scores)
+        ks = list(self.scores[0].pass_at)
+        task_width = max(len("task"), *(len(scores.task) for scores in self.scores)) if several else 0
+
+        def line(task: str, mode: str, budget: str, counts: Sequence[str], passes: Sequence[str]) -> str:
+            cells = [f"{task:<{task_width}}"] if several else []
+            cells += [f"{mode:<8}", *([f"{budget:>7}", f"{counts[-1]:>6}"] if budgets else []), f"{counts[0]:>9}"]
+            return "  ".join([*cells, *(f"{text:>20}" for text in passes), *(f"{text:>9}" for text in counts[1:4])])
+
+        head = ["problems", "obedience", "truncated", "tokens", "forced"]
+        lines = [line("task", "mode", "budget", head, [f"pass@{k} [95 %]" for k in ks])]
+        for scores in self.scores:
+            passes = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in scores.pass_at.values()]
+            counts = [
+                str(scores.problems),
+                f"{scores.obedience:.3f}",
+                f"{scores.truncated:.3f}",
+                f"{scores.response_length:.1f}",
+                f"{scores.forced:.3f}",
+            ]
+            budget = "none" if scores.thinking_budget is None else str(scores.thinking_budget)
+            lines.append(line(scores.task, scores.mode, budget, counts, passes))
+        return "\n".join(lines)
+
+
+def make_report(
+    graded: Iterable[tuple[int | None, Graded]],
+    ks: Sequence[int],
+    *,
+    model: str,
+    revision: str | None,
+    seed: int,
+    sampling: Mapping[str, Any],
+) -> EvalReport:
+    """Puts graded responses together.
+
+    Args:
+        graded: each response with the thinking budget that it was sampled under (None: none).
+        ks: the k of pass@k.
+        seed: of the sampling, and of the bootstrap.
+
+    Raises:
+        ValueError: a response has no verifier, or a problem has fewer samples than a k.
+    """
+    groups: defaultdict[tuple[Mode, int | None], list[Graded]] = defaultdict(list)
+    for budget, one in graded:
+        groups[one.mode, budget].append(one)
+    scores: list[Scores] = []
+    problems: list[ProblemCount] = []
+    for (mode, budget), members in groups.items():
+        by_uid: defaultdict[str, list[Graded]] = defaultdict(list)
+        for one in members:
+            if one.correct is None:
+                raise ValueError(f"the responses to {one.uid} were not verified")
+            by_uid[one.uid].append(one)
+        counts = [
+            ProblemCount(uid, own[0].task, mode, budget, len(own), sum(bool(one.correct) for one in own))
+            for uid, own in by_uid.items()
+        ]
+        problems += counts
+        tasks = list(dict.fromkeys(one.task for one in members))
+        for task in ([ALL] if len(tasks) > 1 else []) + tasks:
+            own = [one for one in members if task in (ALL, one.task)]
+            own_counts = [count for count in counts if task in (ALL, count.task)]
+            scores.append(
+                Scores(
+                    task=task,
+                    mode=mode,
+                    thinking_budget=budget,
+                    problems=len(own_counts),
+                    responses=len(own),
+                    pass_at={
+                        k: bootstrap([pass_at_k(count.samples, count.correct, k) for count in own_counts], seed)
+                        for k in ks
+                    },
+                    obedience=_mean(one.obedient for one in own),
+                    truncated=_mean(one.truncated for one in own),
+                    forced=_mean(one.forced for one in own),
+                    response_length=_mean(one.tokens for one in own),
+                )
+            )
+    return EvalReport(model, revision, seed, dict(sampling), scores, problems)
+
+
+def mode_scores(graded: Sequence[Graded]) -> dict[str, dict[str, float]]:
+    """By mode: number of prompts, obedience, truncated, response_length, and accuracy over those with a verifier.
+
+    One response to each prompt, so accuracy is pass@1. A mode whose prompts have no verifier has no accuracy.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for mode in sorted({one.mode for one in graded}):
+        own = [one for one in graded if one.mode == mode]
+        scores[mode] = {
+            "prompts": len(own),
+            "obedience": _mean(one.obedient for one in own),
+            "truncated": _mean(one.truncated for one in own),
+            "response_length": _mean(one.tokens for one in own),
+        }
+        if verified := [one.correct for one in own if one.correct is not None]:
+            scores[mode]["accuracy"] = _mean(verified)
+    return scores
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
