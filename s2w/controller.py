@@ -12,6 +12,8 @@ from typing import Any
 
 from s2w.config import LoopConfig
 from s2w.data.prompts import PromptStream
+from s2w.eval.grading import Grader
+from s2w.eval.report import mode_scores
 from s2w.learner.group import LearnerGroup
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
@@ -58,6 +60,7 @@ class Controller:
         rollouts: RolloutPool,
         teachers: TeacherPool,
         learner: LearnerGroup,
+        grader: Grader,
         recorder: Recorder,
         progress: Progress,
         reporter: StepReporter,
@@ -68,7 +71,7 @@ class Controller:
     ) -> None:
         self.loop, self.deterministic = loop, deterministic
         self.stream, self.heldout = stream, heldout
-        self.rollouts, self.teachers, self.learner = rollouts, teachers, learner
+        self.rollouts, self.teachers, self.learner, self.grader = rollouts, teachers, learner, grader
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
         self.step = self.saved = step
         self.position = stream.state_dict()
@@ -157,16 +160,20 @@ class Controller:
         return swap, max(probes, key=lambda probe: probe.mean)
 
     async def evaluate(self) -> None:
-        """Held-out KL of the current version, on fresh rollouts."""
+        """Held-out KL, accuracy and obedience of the current version, on fresh rollouts."""
         samples = await self.finished(self.write_and_score([(prompt, 0) for prompt in self.heldout]))
-        values = await self.learner.evaluate(samples, ["forward_kl", "reverse_kl"])
-        tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+        rollouts = [sample.rollout for sample in samples]
+        values, graded = await asyncio.gather(
+            self.learner.evaluate(samples, ["forward_kl", "reverse_kl"]), asyncio.to_thread(self.grader.grade, rollouts)
+        )
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         result = Heldout(
             version=self.step,
             forward_kl=values["forward_kl"],
             reverse_kl=values["reverse_kl"],
             tokens=tokens,
             response_length=tokens / len(samples),
+            by_mode=mode_scores(graded),
         )
         self.recorder.heldout(result)
         self.progress.heldout(result)

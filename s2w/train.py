@@ -17,6 +17,7 @@ from s2w.compose import to_yaml
 from s2w.config import Config, SignalKind
 from s2w.controller import Controller
 from s2w.data.prompts import PromptStream, build_prompts
+from s2w.eval.grading import Grader
 from s2w.hardware import resolve_dtype
 from s2w.job import Job
 from s2w.learner import checkpoint
@@ -156,6 +157,7 @@ async def _on_policy(
         stop_token_ids=facts.student.eos_token_ids,
     )
     learner: LearnerGroup | None = None
+    grader = Grader(facts.student.tokenizer)
     try:
         progress.say("starting teacher, rollout engines and learner ...")
         timeout = config.cluster.start_timeout_s
@@ -174,6 +176,7 @@ async def _on_policy(
             rollouts=rollouts,
             teachers=teachers,
             learner=learner,
+            grader=grader,
             recorder=job.recorder,
             progress=progress,
             reporter=reporter,
@@ -185,6 +188,7 @@ async def _on_policy(
         progress.say(f"all up after {time.time() - began:.0f} s")
         await controller.run()
     finally:
+        grader.close()
         await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
         if learner is not None:
             learner.shutdown()

@@ -82,6 +82,12 @@ class Progress:
             f"held-out at version {result.version}: forward KL {result.forward_kl:.4f}, "
             f"reverse KL {result.reverse_kl:.4f} nats a token over {result.tokens:,} tokens"
         )
+        for mode, scores in result.by_mode.items():
+            accuracy = f"accuracy {scores['accuracy']:.3f}, " if "accuracy" in scores else ""
+            self.say(
+                f"  {mode}: {accuracy}obedience {scores['obedience']:.3f}, truncated {scores['truncated']:.3f}, "
+                f"length {scores['response_length']:.0f} over {scores['prompts']:.0f} prompts"
+            )
 
     def summary(self, summary: dict[str, Any]) -> None:
         """What the run ends with; ``summary`` is that of summary.json."""
