@@ -39,7 +39,8 @@ def fetch(samples: Sequence[Scored]) -> Fetched:
         try:
             payload = ray.get(sample.signal.payload)
         except ray.exceptions.RayError as error:
-            return Fetched({}, size, f"teacher signal of {uid} is lost: {str(error).strip().splitlines()[0]}")
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return Fetched({}, size, f"teacher signal of {uid} is lost ({reason})")
         part = decode(payload)
         expected = len(sample.rollout.token_ids)
         if any(len(tensor) != expected for tensor in part.values()):
