@@ -231,6 +231,8 @@ def _check_off_policy(config: Config) -> None:
             raise ConfigError(f"off_policy.{name}={amount}: write 0 or more")
     if off.learning_rate <= 0 or not math.isfinite(off.learning_rate):
         raise ConfigError(f"off_policy.learning_rate={off.learning_rate}: write a number above 0")
+    if off.path is not None and not Path(off.path).expanduser().exists():
+        raise ConfigError(f"off_policy.path={off.path}: there is no such file or directory")
     kind = config.signal.kind
     if off.steps and off.loss is OffPolicyLoss.divergence and kind not in (SignalKind.hidden, SignalKind.topk):
         raise ConfigError(

@@ -39,7 +39,7 @@ def heldout(version: int) -> Heldout:
 
 
 def recorder(directory: Path, step: int) -> Recorder:
-    return Recorder(directory, step=step, config={}, tensorboard=True, wandb=None, name="test")
+    return Recorder(directory, step=step, off_policy_step=0, config={}, tensorboard=True, wandb=None, name="test")
 
 
 def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:

@@ -43,11 +43,9 @@ class Recorder:
         _keep(self.metrics, lambda line: line["step"] <= done[line["phase"]])
         _keep(self.heldout_lines, lambda line: line["version"] <= step)
         _keep(self.off_policy_heldout_lines, lambda line: line["step"] <= off_policy_step)
-        self._tensorboard = self._wandb = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        self._tensorboard, self._first_steps = tensorboard, {name: count + 1 for name, count in done.items()}
+        self._writers: dict[str, Any] = {}
+        self._wandb = None
         if wandb:
             import wandb as library
 
@@ -72,14 +70,14 @@ class Recorder:
         """Adds the line of one step of the off-policy phase."""
         line = asdict(report)
         _append(self.metrics, line)
-        self._scalars(line, report.step, "off_policy/")
+        self._scalars(line, report.step, "off_policy")
 
     def off_policy_heldout(self, result: OffPolicyHeldout) -> None:
         """Adds one held-out evaluation of the off-policy phase."""
         line = asdict(result)
         self.off_policy_heldout_lines.parent.mkdir(exist_ok=True)
         _append(self.off_policy_heldout_lines, line)
-        self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.step, "off_policy/")
+        self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.step, "off_policy")
 
     def off_policy_evaluations(self) -> list[OffPolicyHeldout]:
         """All held-out evaluations of the off-policy phase so far."""
@@ -100,18 +98,29 @@ class Recorder:
 
     def close(self) -> None:
         """Flushes TensorBoard and W&B."""
-        if self._tensorboard:
-            self._tensorboard.close()
+        for writer in self._writers.values():
+            writer.close()
         if self._wandb:
             self._wandb.finish()
 
-    def _scalars(self, line: dict[str, Any], step: int, prefix: str = "") -> None:
-        scalars = dict(_flatten({name: value for name, value in line.items() if name != "phase"}, prefix))
+    def _scalars(self, line: dict[str, Any], step: int, phase: str = "on_policy") -> None:
+        scalars = dict(_flatten({name: value for name, value in line.items() if name != "phase"}))
         if self._tensorboard:
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._writer(phase).add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log({**scalars, f"{prefix}step": step})
+            prefix = "" if phase == "on_policy" else f"{phase}/"
+            self._wandb.log({f"{prefix}{name}": value for name, value in {**scalars, "step": step}.items()})
+
+    def _writer(self, phase: str) -> Any:
+        """TensorBoard's writer. Each phase has its directory: resuming hides the later steps of a whole one."""
+        if phase not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            root = self.directory / "tensorboard"
+            directory = root if phase == "on_policy" else root / phase
+            self._writers[phase] = SummaryWriter(str(directory), purge_step=self._first_steps[phase])
+        return self._writers[phase]
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

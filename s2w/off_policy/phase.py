@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -33,6 +34,7 @@ from s2w.off_policy.collect import collect
 from s2w.off_policy.response import Response
 from s2w.records import OffPolicyHeldout, OffPolicyReport, Rollout, Scored, TeacherSignal
 from s2w.teacher.pool import TeacherPool
+from s2w.teacher.signal import Payload, nbytes
 
 DIRECTORY = Path("off_policy")
 """Of the phase's files, in the run directory."""
@@ -114,20 +116,29 @@ def learner_settings(config: Config) -> Config:
     return replace(settings, signal=one_hot_signal, loss=replace(config.loss, divergence="forward_kl", temperature=1.0))
 
 
-def one_hot(rollout: Rollout) -> TeacherSignal:
-    """The signal of a teacher that is certain of each response token."""
-    rows = len(rollout.token_ids)
-    payload = {
-        "ids": rollout.token_ids[:, None],
+def one_hot(token_ids: np.ndarray) -> Payload:
+    """Payload of a teacher that is certain of each response token.
+
+    Args:
+        token_ids: int32 [n].
+    """
+    rows = len(token_ids)
+    return {
+        "ids": token_ids[:, None],
         "log_probs": np.zeros((rows, 1), np.float32),
         "log_tail": np.full(rows, -np.inf, np.float32),
     }
+
+
+def certain(rollout: Rollout) -> TeacherSignal:
+    """The signal with the payload of :func:`one_hot`; no teacher is asked."""
+    payload = one_hot(rollout.token_ids)
     now = time.time()
     return TeacherSignal(
         kind="topk",
-        rows=rows,
+        rows=len(rollout.token_ids),
         payload=ray.put(payload),
-        nbytes=sum(array.nbytes for array in payload.values()),
+        nbytes=nbytes(payload),
         teacher=-1,
         started=now,
         finished=now,
@@ -294,7 +305,7 @@ class OffPolicyPhase:
         rollouts = [response.as_rollout() for response in responses]
         teachers = self.teachers
         if teachers is None:
-            signals = [one_hot(rollout) for rollout in rollouts]
+            signals = [certain(rollout) for rollout in rollouts]
         elif self.deterministic:
             signals = await teachers.score_batch(rollouts)
         else:

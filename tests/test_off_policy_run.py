@@ -1,0 +1,249 @@
+"""Both phases on tiny models: real engines, real learner ranks; interrupted in the generation and in the learning."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from tiny_models import make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from s2w import cli
+from s2w.compose import compose
+from s2w.errors import ConfigError
+from s2w.job import Job
+from s2w.models.student import materialise_student
+from s2w.observe.progress import Progress
+from s2w.observe.recorder import Recorder
+from s2w.off_policy.collect import collect
+from s2w.off_policy.dataset import read_dataset
+from s2w.off_policy.phase import ResponseStream, run_phase, split
+from s2w.off_policy.response import Response
+from s2w.records import Rollout, Scored
+from s2w.train import INTERRUPTED, train
+from s2w.validate import check
+
+SAMPLES, PROMPTS, MODES = 2, 5, 2
+RESPONSES = SAMPLES * PROMPTS * MODES
+
+# A random teacher obeys no mode and is right by chance alone.
+NO_FILTERS = "off_policy.filters={truncated: false, format: false, loop_ngram: 0, cjk_share: 1.0, verified: false}"
+
+
+@dataclass
+class World:
+    """What all tests share."""
+
+    teacher: Path
+    directory: Path
+
+    def overrides(self, name: str) -> list[str]:
+        return [
+            f"teacher.model={self.teacher}", f"student.model={self.teacher}", f"run.dir={self.directory / name}",
+            "student.init=fresh", "student.overrides={num_hidden_layers: 1}",
+            "data.tasks=[chain_sum]", f"data.train_prompts={PROMPTS}", "data.heldout_prompts=3",
+            "data.max_prompt_tokens=128", "rollout.max_tokens=8", "rollout.enforce_eager=true",
+            "teacher.enforce_eager=true", "rollout.cpus=0.2", "teacher.cpus=0.2", "learner.cpus=0.2",
+            "learner.learning_rate=1e-3", "loop.steps=1", "loop.prompts_per_step=4",
+            "off_policy.steps=5", "off_policy.max_tokens=16", f"off_policy.samples_per_prompt={SAMPLES}",
+            "off_policy.responses_per_step=8", "off_policy.learning_rate=1e-2", "off_policy.heldout_responses=4",
+            "off_policy.shard_responses=4", "off_policy.temperature=1", "off_policy.top_p=1", "off_policy.top_k=-1",
+            "cluster.device=cpu", "run.deterministic=true", NO_FILTERS,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("off_policy")
+    return World(make_checkpoint(root / "teacher", "untied", 1), root)
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, method: str, when: Callable[..., bool]) -> None:
+    """Ctrl-C at the first call of a method of Progress for which ``when`` is true."""
+    original = getattr(Progress, method)
+    pending = [True]
+
+    def call(self: Progress, *arguments: Any) -> None:
+        original(self, *arguments)
+        if pending and when(*arguments):
+            pending.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    patch.setattr(Progress, method, call)
+
+
+@dataclass
+class Story:
+    """One run, interrupted twice."""
+
+    directory: Path
+    overrides: list[str]
+    interrupted_shards: dict[str, bytes]
+    """Those of the interrupted generation."""
+    interrupted_step: int
+    batches: list[list[Scored]]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
+
+    def responses(self) -> list[Response]:
+        """Those that passed the filters; nothing is generated for it."""
+        config = compose([*self.overrides, "run.resume=true"])
+        return asyncio.run(collect(config, check(config), "cpu", self.directory / "off_policy", Progress(1, "")))
+
+    def shards(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((self.directory / "off_policy").glob("shard-*"))}
+
+
+@pytest.fixture(scope="module")
+def story(world: World) -> Story:
+    directory = world.directory / "run"
+    overrides = world.overrides("run")
+    again = compose([*overrides, "run.resume=true"])
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, "say", lambda text: "responses written" in text)
+        assert cli.main(["generate", *overrides]) == INTERRUPTED
+    shards = {path.name: path.read_bytes() for path in (directory / "off_policy").glob("shard-*")}
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, "off_policy_step", lambda report, steps: report.step == 2)
+        assert train(again) == INTERRUPTED
+    step = json.loads((directory / "off_policy" / "checkpoints" / "latest" / "state.json").read_text())["step"]
+    batches: list[list[Scored]] = []
+    assert train(again, batches.append) == 0
+    return Story(directory, overrides, shards, step, batches)
+
+
+def test_an_interrupted_generation_repeats_nothing(story: Story) -> None:
+    shards = story.shards()
+    assert 0 < len(story.interrupted_shards) < len(shards)
+    # What was there stayed as it was, to the byte.
+    assert {name: shards[name] for name in story.interrupted_shards} == story.interrupted_shards
+    rows = [row for name in shards for row in pq.read_table(story.directory / "off_policy" / name).to_pylist()]
+    keys = [(row["uid"], row["mode"], row["sample"]) for row in rows]
+    assert len(keys) == len(set(keys)) == RESPONSES
+    assert {len(row["response_token_ids"]) for row in rows} <= set(range(1, 17))
+    assert all(row["finish_reason"] == "length" for row in rows if len(row["response_token_ids"]) == 16)
+    assert len({tuple(row["response_token_ids"]) for row in rows}) > RESPONSES // 2
+
+
+def test_the_run_directory(story: Story) -> None:
+    table = json.loads((story.directory / "off_policy" / "filters.json").read_text())
+    assert table["responses"] == RESPONSES
+    dropped = pq.read_table(story.directory / "off_policy" / "dropped.parquet")
+    assert dropped.num_rows == RESPONSES - table["kept"] == table["dropped"]["duplicate"]
+    assert dropped["reason"].to_pylist() == ["duplicate"] * dropped.num_rows
+    assert (story.directory / "tensorboard" / "off_policy").is_dir()
+    summary = json.loads((story.directory / "summary.json").read_text())
+    assert summary["off_policy"]["after"]["step"] == 5
+
+
+def test_both_phases_are_in_the_metrics_once(story: Story) -> None:
+    assert 1 <= story.interrupted_step <= 3
+    lines = story.lines("metrics.jsonl")
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        *(("off_policy", step) for step in range(1, 6)), ("on_policy", 1),
+    ]  # fmt: skip
+    # The phase's own schedule: cosine from 1e-2 to 0 over its five steps, the learner's constant rate after it.
+    rates = [line["learning_rate"] for line in lines]
+    torch.testing.assert_close(
+        torch.tensor(rates), torch.tensor([1e-2, 8.536e-3, 5e-3, 1.464e-3, 0.0, 1e-3]), rtol=1e-3, atol=1e-9
+    )
+    trained = len(split(story.responses(), 4, seed=0).train)
+    assert [line["epoch"] for line in lines[:5]] == [8 * step / trained for step in range(1, 6)]
+
+
+def test_the_first_phase_minimises_cross_entropy(story: Story) -> None:
+    evaluations = story.lines("off_policy/heldout.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 5]
+    assert evaluations[1]["loss"] < evaluations[0]["loss"] - 0.1
+    # The same by transformers and torch on the checkpoints.
+    heldout = split(story.responses(), 4, seed=0).heldout
+    assert evaluations[0]["tokens"] == sum(len(response.token_ids) for response in heldout)
+    for line, path in zip(evaluations, ["student", "off_policy/checkpoints/latest"], strict=True):
+        losses = [-token_log_probs(load(story.directory / path), response) for response in heldout]
+        # float32 both; other kernels and padding.
+        assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_the_second_phase_starts_from_the_weights_of_the_first(story: Story) -> None:
+    assert [sample.rollout.versions[0].version for sample in story.batches[0]] == [0] * 3
+    model = load(story.directory / "off_policy" / "checkpoints" / "latest")
+    for sample in story.batches[0]:
+        # float32 both; vLLM's kernels.
+        expected = token_log_probs(model, sample.rollout)
+        torch.testing.assert_close(torch.from_numpy(sample.rollout.log_probs), expected, rtol=0, atol=1e-4)
+    assert (story.directory / "checkpoints" / "latest" / "model.safetensors").exists()
+
+
+def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story: Story, world: World) -> None:
+    config = compose(
+        [
+            *world.overrides("divergence"), f"off_policy.path={story.directory / 'off_policy'}",
+            "off_policy.loss=divergence", "off_policy.steps=2",
+        ]
+    )  # fmt: skip
+    facts = check(config)
+    directory = Path(config.run.dir)
+    student = materialise_student(config.student, directory / "student", config.run.seed)
+    recorder = Recorder(
+        directory, step=0, off_policy_step=0, config={}, tensorboard=False, wandb=None, name="divergence"
+    )
+    ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        job = Job(config, facts, "cpu", directory, recorder, Progress(2, "forward_kl"))
+        last = asyncio.run(run_phase(job, student))
+    finally:
+        ray.shutdown()
+    assert not list((directory / "off_policy").glob("shard-*"))
+    first, second = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert last.name == "step_000002" and second["step"] == 2
+    stream = ResponseStream(split(read_dataset(config, facts), 4, seed=0).train, 8, seed=0)
+    models = load(world.teacher), load(student)
+    divergences = []
+    for response in stream.batch(0):
+        log_p, log_q = (distributions(model, response) for model in models)
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    # float32 both; the teacher's hidden rows come out of vLLM.
+    assert first["loss"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-4)
+    heldout = [json.loads(line) for line in (directory / "off_policy" / "heldout.jsonl").read_text().splitlines()]
+    assert heldout[1]["loss"] < heldout[0]["loss"]
+
+
+def test_an_empty_set_is_refused_with_its_table(story: Story, world: World) -> None:
+    config = compose(
+        [
+            *world.overrides("empty"), f"off_policy.path={story.directory / 'off_policy'}",
+            "off_policy.filters.min_tokens=50",
+        ]
+    )  # fmt: skip
+    directory = Path(config.run.dir)
+    with pytest.raises(ConfigError, match=r"(?s)none of the teacher's responses .*- length +20  100\.0%.*kept +0"):
+        asyncio.run(collect(config, check(config), "cpu", directory, Progress(1, "")))
+    assert pq.read_table(directory / "dropped.parquet")["reason"].to_pylist() == ["length"] * RESPONSES
+
+
+def load(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def distributions(model: torch.nn.Module, response: Response | Rollout) -> torch.Tensor:
+    """float32 [n, V]: log-probs at each response token."""
+    ids = torch.from_numpy(np.concatenate([response.prompt.token_ids, response.token_ids])).long()
+    with torch.no_grad():
+        return model(ids[None]).logits[0, len(response.prompt.token_ids) - 1 : -1].log_softmax(-1)
+
+
+def token_log_probs(model: torch.nn.Module, response: Response | Rollout) -> torch.Tensor:
+    """float32 [n]: log-probs of the response tokens."""
+    ids = torch.from_numpy(response.token_ids).long()
+    return distributions(model, response).gather(-1, ids[:, None])[:, 0]
