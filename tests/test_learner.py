@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from s2w.config import Config, Schedule, SignalKind
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerError, LearnerGroup, LearnerStep
+from s2w.learner.messages import NonFiniteError, SignalLostError
 from s2w.learner.schedule import learning_rate
-from s2w.learner.worker import NonFiniteError, SignalLostError
 from s2w.records import Mode, Prompt, Rollout, Scored, TeacherSignal
 
 STEPS = 3

@@ -21,13 +21,15 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from s2w.models.checkpoint import TEXT_FILES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 STATE_FILE = "state.json"
 OPTIMIZER_DIR = "optimizer"

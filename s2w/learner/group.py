@@ -24,8 +24,8 @@ from s2w.hardware import resolve_dtype
 from s2w.learner import checkpoint
 from s2w.learner.batching import plan_micro_batches
 from s2w.learner.divergence import make_divergence
+from s2w.learner.messages import MicroBatchWork, RankSpec, RankStep, StepRefusedError, sequence_length
 from s2w.learner.schedule import learning_rate
-from s2w.learner.worker import LearnerRank, MicroBatchWork, RankSpec, RankStep, StepRefusedError, sequence_length
 from s2w.records import Scored
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ class LearnerGroup:
             TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``.
             LearnerError: a rank failed to start.
         """
+        from s2w.learner.worker import LearnerRank  # Only here: it imports DeepSpeed, seconds that refusals can spare.
+
         learner = config.learner
         bundle = {"CPU": learner.cpus} | ({"GPU": learner.gpus} if device == "cuda" else {})
         placement = placement_group([bundle] * learner.ranks, strategy="PACK")

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from s2w.config import LossConfig
 from s2w.learner.divergence import Divergence
 from s2w.learner.fused_kl import Head, SampledRows, TeacherRows, divergence_loss, divergence_values
-from s2w.teacher.head import _logit_scale as logit_scale
+from s2w.teacher.head import logit_scale
 
 
 @dataclass(frozen=True, slots=True)

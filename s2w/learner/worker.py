@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,83 +18,29 @@ import torch
 from torch import nn
 from torch.distributed import ReduceOp
 
-from s2w.config import LearnerConfig, LossConfig
+from s2w.config import LearnerConfig
 from s2w.hardware import core_count
 from s2w.learner import checkpoint
 from s2w.learner.divergence import Divergence, make_divergence
 from s2w.learner.fused_kl import Head, HiddenRows, SampledRows, SparseRows, TeacherRows
+from s2w.learner.messages import (
+    STATISTICS,
+    MicroBatchWork,
+    NonFiniteError,
+    RankSpec,
+    RankStep,
+    SignalLostError,
+    sequence_length,
+)
 from s2w.learner.signals import SignalStream, fetch
 from s2w.learner.student_model import StudentModel, Tokens, load_student
-from s2w.records import Scored, SignalKind
+from s2w.records import Scored
 from s2w.teacher.head import load_head
 from s2w.weights.names import CheckpointStream
 from s2w.weights.transfer import create_transfer
 
-STATISTICS = ("values", "student_entropy", "teacher_entropy", "agreement")
-"""What a training forward returns for each response token."""
-
 _RANKS = "ranks"
 """DeepSpeed's tag: the directory with the files of every rank."""
-
-
-class StepRefusedError(RuntimeError):
-    """A step that all ranks gave up together: the weights and the optimizer are as before it."""
-
-
-class NonFiniteError(StepRefusedError):
-    """The divergence of some sample is NaN or infinite; the message names it and the file with its micro-batch."""
-
-
-class SignalLostError(StepRefusedError):
-    """A teacher signal could not be fetched or has the wrong shape; the message names the sample."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankSpec:
-    """What a rank is built from."""
-
-    learner: LearnerConfig
-    loss: LossConfig
-    signal: SignalKind
-    student: Path
-    """Directory of the checkpoint to start from."""
-    teacher: str
-    """Hub id or path of the teacher, whose head is loaded for signal ``hidden``."""
-    teacher_revision: str | None
-    vocab_size: int
-    """Ids that student and teacher share."""
-    device: str
-    """cuda or cpu."""
-    dtype: str
-    """float32 or bfloat16."""
-    engine_dtype: str
-    """Of the weights that rollout engines receive."""
-    seed: int
-    run_dir: Path
-    """Where the micro-batch of a refused step is written."""
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatchWork:
-    """Samples of one micro-batch; not ``weighted``: only run to keep the ranks in step."""
-
-    samples: list[Scored]
-    weighted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """What one rank did in a step."""
-
-    sums: np.ndarray
-    """float64 [samples, 4]: ``STATISTICS`` summed over each sample's response tokens, in the order of the work."""
-    loss_sum: float
-    """The objective summed over this rank's response tokens."""
-    grad_norm: float
-    """Of the whole gradient, before clipping; the same on all ranks."""
-    signal_bytes: int
-    wait_seconds: float
-    """Time without work, waiting for signals."""
 
 
 class LearnerRank:
@@ -182,18 +127,19 @@ class LearnerRank:
     def step(self, work: Sequence[MicroBatchWork], global_tokens: int, learning_rate: float, step: int) -> RankStep:
         """One optimizer step; collective.
 
-        The objective is the mean over all response tokens of the step, on whatever rank and in whatever micro-batch
-        they are: every token has the same weight, a long response counts for more than a short one.
+            The objective is the mean over all response tokens of the step, on whatever rank and in whatever micro-batch
+            they are: every token has the same weight, a long response counts for more than a short one.
 
-        Args:
-            work: this rank's micro-batches; equally many on every rank.
-            global_tokens: response tokens of the step, over all ranks.
-            step: number of the step, for messages and file names.
+            Args:
+                work: this rank's micro-batches; equally many on every rank.
+                global_tokens: response tokens of the step, over all ranks.
+                step: number of the step, for messages and file names.
 
-        Raises:
-            SignalLostError, NonFiniteError: on all ranks, before the optimizer step; nothing has changed.
-            FloatingPointError: the gradient is not finite although the loss is. The weights are spoilt: load a
-                checkpoint.
+            Raises:
+                SignalLostError,
+        sequence_length, NonFiniteError: on all ranks, before the optimizer step; nothing has changed.
+                FloatingPointError: the gradient is not finite although the loss is. The weights are spoilt: load a
+                    checkpoint.
         """
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
@@ -439,11 +385,6 @@ def pack(samples: Sequence[Scored]) -> Tokens:
         rows.append(torch.arange(len(sample.rollout.prompt.token_ids) - 1, length) + i * longest)
     targets = np.concatenate([sample.rollout.token_ids for sample in samples]).astype(np.int64)
     return Tokens(input_ids, torch.cat(rows), torch.from_numpy(targets))
-
-
-def sequence_length(sample: Scored) -> int:
-    """Tokens that the student reads: prompt and response without its last token."""
-    return len(sample.rollout.prompt.token_ids) + len(sample.rollout.token_ids) - 1
 
 
 def sample_sums(samples: Sequence[Scored], statistics: torch.Tensor) -> np.ndarray:

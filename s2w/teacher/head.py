@@ -69,11 +69,11 @@ def load_head(model: str, revision: str | None = None) -> TeacherHead:
         weight=weight,
         bias=_read(model, revision, shards, bias_name) if bias_name in shards else None,
         softcap=float(softcap) if softcap else None,
-        scale=_logit_scale(config),
+        scale=logit_scale(config),
     )
 
 
-def _logit_scale(config: PretrainedConfig) -> float:
+def logit_scale(config: PretrainedConfig) -> float:
     """Factor on the logits: Cohere's and Llama's ``logit_scale``, Falcon-H1's multiplier, Granite's divisor."""
     for name in ("logit_scale", "lm_head_multiplier"):
         if (scale := getattr(config, name, None)) is not None:

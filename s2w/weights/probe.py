@@ -12,9 +12,9 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
