@@ -1,0 +1,79 @@
+"""What the learner group and its ranks say to each other; imports neither DeepSpeed nor transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from s2w.config import LearnerConfig, LossConfig
+from s2w.records import Scored, SignalKind
+
+STATISTICS = ("values", "student_entropy", "teacher_entropy", "agreement")
+"""What a training forward returns for each response token."""
+
+
+class StepRefusedError(RuntimeError):
+    """A step that all ranks gave up together: the weights and the optimizer are as before it."""
+
+
+class NonFiniteError(StepRefusedError):
+    """The divergence of some sample is NaN or infinite; the message names it and the file with its micro-batch."""
+
+
+class SignalLostError(StepRefusedError):
+    """A teacher signal could not be fetched or has the wrong shape; the message names the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """What a rank is built from."""
+
+    learner: LearnerConfig
+    loss: LossConfig
+    signal: SignalKind
+    student: Path
+    """Directory of the checkpoint to start from."""
+    teacher: str
+    """Hub id or path of the teacher, whose head is loaded for signal ``hidden``."""
+    teacher_revision: str | None
+    vocab_size: int
+    """Ids that student and teacher share."""
+    device: str
+    """cuda or cpu."""
+    dtype: str
+    """float32 or bfloat16."""
+    engine_dtype: str
+    """Of the weights that rollout engines receive."""
+    seed: int
+    run_dir: Path
+    """Where the micro-batch of a refused step is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchWork:
+    """Samples of one micro-batch; not ``weighted``: only run to keep the ranks in step."""
+
+    samples: list[Scored]
+    weighted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """What one rank did in a step."""
+
+    sums: np.ndarray
+    """float64 [samples, 4]: ``STATISTICS`` summed over each sample's response tokens, in the order of the work."""
+    loss_sum: float
+    """The objective summed over this rank's response tokens."""
+    grad_norm: float
+    """Of the whole gradient, before clipping; the same on all ranks."""
+    signal_bytes: int
+    wait_seconds: float
+    """Time without work, waiting for signals."""
+
+
+def sequence_length(sample: Scored) -> int:
+    """Tokens that the student reads: prompt and response without its last token."""
+    return len(sample.rollout.prompt.token_ids) + len(sample.rollout.token_ids) - 1
