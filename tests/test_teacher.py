@@ -171,15 +171,15 @@ def test_every_kind_matches_transformers_in_bfloat16_with_a_logit_scale(tmp_path
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        logits_scaling=8.0,
+        logits_scaling=2.0,
         attention_multiplier=32**-0.5,  # of a head's width, as usual: the default of 1 makes attention a hard choice
-        initializer_range=0.12,
+        initializer_range=0.05,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
     GraniteForCausalLM(config).save_pretrained(tmp_path)
     with engine(tmp_path, dtype="bfloat16") as actor:
-        # bfloat16 keeps 8 bits: 0.4% of weights, of each layer's output and of the logits, whose size is 2.
+        # bfloat16 keeps 8 bits: 0.4% of weights, of each layer's output and of the logits.
         check_against_reference(actor, tmp_path, 0.05)
 
 
