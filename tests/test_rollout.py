@@ -1,4 +1,4 @@
-"""Rollout engines: what they sample is what they say they sampled."""
+"""Rollout engines: what they sample is what they say they sampled, and thinking ends at its budget."""
 
 from __future__ import annotations
 
@@ -11,23 +11,43 @@ import pytest
 import ray
 import torch
 from tiny_models import VOCAB_SIZE, make_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w.config import RolloutConfig
-from s2w.records import Prompt, Rollout
+from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
 
 CANDIDATES = 8
-EOS = VOCAB_SIZE - 4
+EOS, THINK_CLOSE_ID = VOCAB_SIZE - 4, VOCAB_SIZE - 2
 STOP_IDS = tuple(range(20))
+BUDGET = 6
 CONFIG = RolloutConfig(
-    engines=2, max_tokens=24, temperature=0.7, max_sequences=16, enforce_eager=True, cpus=0.1, kv_cache_gib=1
+    engines=2,
+    max_tokens=36,
+    temperature=0.7,
+    thinking_budget=BUDGET,
+    stop_thinking="Time is up.\n</think>\n\n",
+    max_sequences=16,
+    enforce_eager=True,
+    cpus=0.1,
+    kv_cache_gib=1,
 )
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("models") / "tied", "tied", 0)
+    """A model whose template opens the think block, and that closes it every now and then by itself."""
+    path = make_checkpoint(tmp_path_factory.mktemp("models") / "untied", "untied", 0)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- endif %}\n{%- endif %}", "{%- else %}\n{{- '<think>\\n' }}\n{%- endif %}\n{%- endif %}"
+    )
+    tokenizer.save_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    # A logit of three times the usual spread: the largest of all at about one position in ten.
+    model.lm_head.weight.data[THINK_CLOSE_ID] *= 3
+    model.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +76,14 @@ def pool(model_path: Path, loop: asyncio.AbstractEventLoop) -> Iterator[RolloutP
     ray.shutdown()
 
 
-def make_prompts(count: int) -> list[Prompt]:
+def make_prompts(count: int, mode: Mode = "no_think") -> list[Prompt]:
     draw = np.random.default_rng(0)
     return [
         Prompt(
             uid=f"test/train/{i}",
             messages=(),
             token_ids=draw.integers(0, VOCAB_SIZE - 10, 10 + i, dtype=np.int32),
-            mode="no_think",
+            mode=mode,
             seed=1000 * i,
         )
         for i in range(count)
@@ -74,10 +94,11 @@ async def sample_all(pool: RolloutPool, requests: list[tuple[Prompt, int]]) -> l
     return await asyncio.gather(*(pool.generate(prompt, sample) for prompt, sample in requests))
 
 
+@pytest.mark.parametrize("mode", ["no_think", "think"])
 def test_log_probs_are_those_of_the_sampled_distribution(
-    pool: RolloutPool, model_path: Path, loop: asyncio.AbstractEventLoop
+    pool: RolloutPool, model_path: Path, loop: asyncio.AbstractEventLoop, mode: Mode
 ) -> None:
-    requests = [(prompt, sample) for prompt in make_prompts(3) for sample in range(2)]
+    requests = [(prompt, sample) for prompt in make_prompts(3, mode) for sample in range(4)]
     rollouts = loop.run_until_complete(sample_all(pool, requests))
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     for (prompt, sample), rollout in zip(requests, rollouts, strict=True):
@@ -86,21 +107,73 @@ def test_log_probs_are_those_of_the_sampled_distribution(
         ended = rollout.token_ids[-1] in (*STOP_IDS, EOS)
         assert rollout.finish_reason == ("stop" if ended else "length")
         assert ended or n == CONFIG.max_tokens
-        assert [(span.start, span.stop, span.version) for span in rollout.versions] == [(0, n, 3)]
+        sampled = np.ones(n, bool)
+        for start, stop in rollout.forced:
+            sampled[start:stop] = False
+        # Every sampled token has its version, and no other has one.
+        written = np.zeros(n, bool)
+        for span in rollout.versions:
+            assert span.version == 3 and not written[span.start : span.stop].any()
+            written[span.start : span.stop] = True
+        assert np.array_equal(written, sampled)
+        assert mode == "think" or (rollout.forced == () and len(rollout.versions) == 1)
         with torch.no_grad():
             logits = model(torch.from_numpy(rollout.input_ids).long()[None]).logits[0, -n - 1 : -1]
         expected = (logits / CONFIG.temperature).log_softmax(-1)
         own = expected.gather(-1, torch.from_numpy(rollout.token_ids).long()[:, None])[:, 0]
         # float32 on both sides: what differs is the order of sums.
-        torch.testing.assert_close(torch.from_numpy(rollout.log_probs), own, atol=2e-4, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(rollout.log_probs)[sampled], own[sampled], atol=2e-4, rtol=0)
+        assert not rollout.log_probs[~sampled].any()
         assert rollout.candidates is not None
         candidates = torch.from_numpy(np.array(ray.get(rollout.candidates))).long()
         assert candidates.shape == (n, CANDIDATES)
-        torch.testing.assert_close(expected.gather(-1, candidates), expected.topk(CANDIDATES)[0], atol=2e-4, rtol=0)
+        torch.testing.assert_close(
+            expected.gather(-1, candidates)[sampled], expected.topk(CANDIDATES)[0][sampled], atol=2e-4, rtol=0
+        )
 
 
-def test_samples_of_a_prompt_differ_and_seeds_repeat_them(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
-    requests = [(make_prompts(1)[0], sample) for sample in range(6)]
+def test_open_think_blocks_are_closed_at_the_budget(
+    pool: RolloutPool, model_path: Path, loop: asyncio.AbstractEventLoop
+) -> None:
+    inserted = AutoTokenizer.from_pretrained(model_path)(CONFIG.stop_thinking)["input_ids"]
+    requests = [(prompt, sample) for prompt in make_prompts(4, "think") for sample in range(16)]
+    seen = {"ended": 0, "closed": 0, "forced": 0}
+    for rollout in loop.run_until_complete(sample_all(pool, requests)):
+        ids, thinking = rollout.token_ids, rollout.token_ids[:BUDGET]
+        assert len(ids) <= CONFIG.max_tokens
+        if THINK_CLOSE_ID in thinking:
+            seen["closed"] += 1
+            assert rollout.forced == ()
+            # Nothing was inserted, so nothing ends at the budget: one span from start to end.
+            assert [(span.start, span.stop) for span in rollout.versions] == [(0, len(ids))]
+        elif np.isin(thinking, (*STOP_IDS, EOS)).any():
+            seen["ended"] += 1
+            assert len(ids) <= BUDGET and rollout.forced == ()
+        else:
+            seen["forced"] += 1
+            stop = BUDGET + len(inserted)
+            assert rollout.forced == ((BUDGET, stop),)
+            assert ids[BUDGET:stop].tolist() == inserted and len(ids) > stop
+    assert all(seen.values()), seen
+
+
+def test_a_call_may_set_its_own_budget(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    prompts = make_prompts(8, "think")
+
+    async def sample(budget: int) -> list[Rollout]:
+        return await asyncio.gather(*(pool.generate(prompt, 0, budget) for prompt in prompts))
+
+    starts = {start for rollout in loop.run_until_complete(sample(3)) for start, _ in rollout.forced}
+    assert starts == {3}
+    # A budget that leaves no room for an answer is none.
+    assert all(rollout.forced == () for rollout in loop.run_until_complete(sample(CONFIG.max_tokens)))
+
+
+@pytest.mark.parametrize("mode", ["no_think", "think"])
+def test_samples_of_a_prompt_differ_and_seeds_repeat_them(
+    pool: RolloutPool, loop: asyncio.AbstractEventLoop, mode: Mode
+) -> None:
+    requests = [(make_prompts(1, mode)[0], sample) for sample in range(6)]
     first = loop.run_until_complete(pool.generate_batch(requests))
     again = loop.run_until_complete(pool.generate_batch(requests))
     assert len({tuple(rollout.token_ids) for rollout in first}) == 6

@@ -59,7 +59,9 @@ def bootstrap(values: Sequence[float], seed: int) -> Estimate:
         raise ValueError("there are no problems to average over")
     array = np.asarray(values, dtype=np.float64)
     draw = np.random.default_rng(seed)
-    # One resample at a time: [resamples, problems] at once is 800 MB for 10,000 problems.
-    means = [array[draw.integers(0, len(array), len(array))].mean() for _ in range(RESAMPLES)]
+    # [resamples, problems] in parts: at once it is 800 MB for 10,000 problems.
+    part = max(1, 1_000_000 // len(array))
+    sizes = [min(part, RESAMPLES - start) for start in range(0, RESAMPLES, part)]
+    means = np.concatenate([array[draw.integers(0, len(array), (size, len(array)))].mean(1) for size in sizes])
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(array.mean()), float(low), float(high))

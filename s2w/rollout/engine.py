@@ -177,11 +177,9 @@ class RolloutEngine:
             await self._extend(draft)
         return self._rollout(draft)
 
-    async def generate_batch(
-        self, requests: list[tuple[Prompt, int]], thinking_budget: int | None = None
-    ) -> list[Rollout]:
+    async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
         """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run."""
-        drafts = [self._draft(prompt, sample, thinking_budget) for prompt, sample in requests]
+        drafts = [self._draft(prompt, sample, None) for prompt, sample in requests]
         await self._extend_together(drafts)
         if unfinished := [draft for draft in drafts if draft.unfinished]:
             await self._extend_together(unfinished)
