@@ -166,13 +166,12 @@ class Controller:
         values, graded = await asyncio.gather(
             self.learner.evaluate(samples, ["forward_kl", "reverse_kl"]), asyncio.to_thread(self.grader.grade, rollouts)
         )
-        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
         result = Heldout(
             version=self.step,
             forward_kl=values["forward_kl"],
             reverse_kl=values["reverse_kl"],
-            tokens=tokens,
-            response_length=tokens / len(samples),
+            tokens=sum(len(rollout.sampled_rows) for rollout in rollouts),
+            response_length=sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
             by_mode=mode_scores(graded),
         )
         self.recorder.heldout(result)

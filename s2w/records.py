@@ -78,6 +78,14 @@ class Rollout:
         return np.concatenate([self.prompt.token_ids, self.token_ids])
 
     @property
+    def sampled_rows(self) -> np.ndarray:
+        """int64 [m]: response positions that were sampled, all but the forced ones; only these are learned from."""
+        sampled = np.ones(len(self.token_ids), bool)
+        for start, stop in self.forced:
+            sampled[start:stop] = False
+        return np.flatnonzero(sampled)
+
+    @property
     def oldest_version(self) -> int:
         return min(span.version for span in self.versions)
 
@@ -111,7 +119,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Heldout:
-    """Held-out KL of one policy version: fresh rollouts on held-out prompts, averaged over response tokens."""
+    """Held-out KL of one policy version: fresh rollouts on held-out prompts, averaged over sampled tokens."""
 
     version: int
     forward_kl: float
@@ -119,6 +127,7 @@ class Heldout:
     reverse_kl: float
     """KL(student || teacher), nats a token."""
     tokens: int
+    """Tokens that the averages are over."""
     response_length: float
     by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
     """By mode: prompts, obedience, truncated, response_length, and accuracy where prompts have a verifier; see

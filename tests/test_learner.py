@@ -82,12 +82,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def make_sample(teacher: PreTrainedModel, generator: np.random.Generator, uid: str) -> Scored:
-    """A random prompt (1 to 14 tokens) and response (1 to 29 tokens) with the teacher's hidden rows."""
+    """A random prompt (1 to 14 tokens) and response (1 to 29 tokens) with the teacher's hidden rows.
+
+    Responses of 12 tokens and more have three in the middle that were forced: they count nowhere.
+    """
     prompt_ids = generator.integers(0, VOCAB_SIZE, generator.integers(1, 15)).astype(np.int32)
     response = generator.integers(0, VOCAB_SIZE, generator.integers(1, 30)).astype(np.int32)
     mode: Mode = "think" if generator.random() < 0.5 else "no_think"
     prompt = Prompt(uid, (), prompt_ids, mode, seed=0)
-    rollout = Rollout(prompt, 0, response, np.zeros(len(response), np.float32), (), "stop", 0, 0.0, 0.0)
+    forced = ((4, 7),) if len(response) >= 12 else ()
+    zeros = np.zeros(len(response), np.float32)
+    rollout = Rollout(prompt, 0, response, zeros, (), "stop", 0, 0.0, 0.0, forced=forced)
     ids = torch.from_numpy(rollout.input_ids).long()
     with torch.no_grad():
         hidden = teacher.model(ids[None]).last_hidden_state[0, len(prompt_ids) - 1 : -1]
@@ -103,6 +108,14 @@ def log_probs(model: PreTrainedModel, sample: Scored) -> torch.Tensor:
     """[n, V] over the response tokens, from whole logits of one unpadded sequence."""
     ids = torch.from_numpy(sample.rollout.input_ids).long()
     return log_softmax(model(ids[None]).logits[0, len(sample.rollout.prompt.token_ids) - 1 : -1].float(), -1)
+
+
+def learned(sample: Scored) -> torch.Tensor:
+    """bool [n]: response tokens that are not forced."""
+    mask = torch.ones(len(sample.rollout.token_ids), dtype=torch.bool)
+    for start, stop in sample.rollout.forced:
+        mask[start:stop] = False
+    return mask
 
 
 @dataclass
@@ -133,12 +146,12 @@ def train_plainly(world: World, student: Path) -> Reference:
     reference = Reference(model)
     for step, samples in enumerate(world.batches):
         optimizer.zero_grad()
-        tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+        tokens = sum(int(learned(sample).sum()) for sample in samples)
         loss = 0.0
         for sample in samples:
-            log_q = log_probs(model, sample)
+            log_q = log_probs(model, sample)[learned(sample)]
             with torch.no_grad():
-                log_p = log_probs(world.teacher, sample)
+                log_p = log_probs(world.teacher, sample)[learned(sample)]
             kl = (log_p.exp() * (log_p - log_q)).sum() / tokens
             kl.backward()
             loss += kl.item()
@@ -236,7 +249,7 @@ def check_report(report: LearnerStep, samples: list[Scored]) -> None:
     """The parts of a report add up."""
     lengths = {mode: 0 for mode in ("no_think", "think")}
     for sample in samples:
-        lengths[sample.rollout.prompt.mode] += len(sample.rollout.token_ids)
+        lengths[sample.rollout.prompt.mode] += int(learned(sample).sum())
     assert {mode: means.tokens for mode, means in report.by_mode.items()} == lengths
     assert report.means.tokens == sum(lengths.values())
     for name in ("divergence", "student_entropy", "teacher_entropy", "agreement"):
@@ -244,7 +257,7 @@ def check_report(report: LearnerStep, samples: list[Scored]) -> None:
         assert getattr(report.means, name) == pytest.approx(mean, rel=1e-9)
     assert report.means.divergence == pytest.approx(report.loss, rel=1e-5)
     assert 0 < report.means.teacher_entropy < np.log(VOCAB_SIZE)
-    assert report.signal_bytes == report.means.tokens * 4 * 128
+    assert report.signal_bytes == sum(len(sample.rollout.token_ids) for sample in samples) * 4 * 128
     assert report.micro_batches > 1
 
 
@@ -321,7 +334,8 @@ def test_sampled(world: World) -> None:
             log_p, log_q = (log_probs(m, sample).gather(1, ids)[:, 0] for m in (world.teacher, student))
         rollout = replace(sample.rollout, log_probs=log_q.numpy())
         samples.append(with_payload(rollout, {"log_probs": log_p.numpy()}, SignalKind.sampled))
-        gap, tokens = gap + (log_q - log_p).sum().item(), tokens + len(ids)
+        gap += (log_q - log_p)[learned(sample)].sum().item()
+        tokens += int(learned(sample).sum())
     config = world.group.config
     config.signal.kind, config.loss.divergence = SignalKind.sampled, "reverse_kl"
     group = world.build("tied", 1)

@@ -158,18 +158,18 @@ class LearnerGroup:
         """One optimizer step on all of ``samples``; ``step`` is 0 for the first.
 
         Raises:
-            ValueError: no samples, or one without response tokens.
+            ValueError: no samples, or one without sampled tokens.
             SignalLostError, NonFiniteError: the message names the samples; weights and optimizer are as before.
             LearnerError: a rank failed alone.
         """
         began = time.perf_counter()
         rate = learning_rate(self.config.learner, step, self.config.loop.steps)
         plan = self._share_out(samples)
-        tokens = sum(len(sample.rollout.token_ids) for sample in samples)
+        tokens = sum(len(sample.rollout.sampled_rows) for sample in samples)
         reports: list[RankStep] = await self._call("step", [(work, tokens, rate, step) for work in plan])
 
         modes = [s.rollout.prompt.mode for work in plan for item in work if item.weighted for s in item.samples]
-        counts = [len(s.rollout.token_ids) for work in plan for item in work if item.weighted for s in item.samples]
+        counts = [len(s.rollout.sampled_rows) for work in plan for item in work if item.weighted for s in item.samples]
         sums = np.concatenate([report.sums for report in reports])
         by_mode: dict[str, TokenMeans] = {}
         for mode in sorted(set(modes)):
@@ -194,7 +194,7 @@ class LearnerGroup:
         ones; with ``sampled`` only ``reverse_kl`` is known, as an estimate, and the others are NaN.
 
         Raises:
-            ValueError: unknown divergence, no samples, or one without response tokens.
+            ValueError: unknown divergence, no samples, or one without sampled tokens.
             SignalLostError: the message names the sample.
         """
         loss = self.config.loss
@@ -294,8 +294,8 @@ class LearnerGroup:
     def _share_out(self, samples: Sequence[Scored]) -> list[list[MicroBatchWork]]:
         """Each rank's micro-batches."""
         for sample in samples:
-            if len(sample.rollout.token_ids) == 0:
-                raise ValueError(f"rollout {sample.rollout.uid} has no response tokens")
+            if len(sample.rollout.sampled_rows) == 0:
+                raise ValueError(f"rollout {sample.rollout.uid} has no sampled tokens")
         lengths = [sequence_length(sample) for sample in samples]
         plan = plan_micro_batches(lengths, self.config.learner.tokens_per_micro_batch, len(self.ranks))
         return [

@@ -20,7 +20,7 @@ PREFETCH = 2
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The signals of one micro-batch, rows of its samples one after the other."""
+    """The signals of one micro-batch, sampled rows of its samples one after the other."""
 
     tensors: dict[str, torch.Tensor]
     """CPU tensors [N, ...] as :func:`s2w.teacher.signal.decode` names them; empty if fetching failed."""
@@ -44,9 +44,11 @@ def fetch(samples: Sequence[Scored]) -> Fetched:
         part = decode(payload)
         expected = len(sample.rollout.token_ids)
         if any(len(tensor) != expected for tensor in part.values()):
-            rows = {name: len(tensor) for name, tensor in part.items()}
-            return Fetched({}, size, f"teacher signal of {uid} has rows {rows} for {expected} response tokens")
-        parts.append(part)
+            there = {name: len(tensor) for name, tensor in part.items()}
+            return Fetched({}, size, f"teacher signal of {uid} has rows {there} for {expected} response tokens")
+        # Inserted tokens are scored with the rest and not learned from.
+        rows = torch.from_numpy(sample.rollout.sampled_rows)
+        parts.append({name: tensor[rows] for name, tensor in part.items()} if sample.rollout.forced else part)
         size += nbytes(payload)
     # The copy lets go of the object store's memory.
     return Fetched({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, size)

@@ -127,12 +127,12 @@ class LearnerRank:
     def step(self, work: Sequence[MicroBatchWork], global_tokens: int, learning_rate: float, step: int) -> RankStep:
         """One optimizer step; collective.
 
-            The objective is the mean over all response tokens of the step, on whatever rank and in whatever micro-batch
+            The objective is the mean over all sampled tokens of the step, on whatever rank and in whatever micro-batch
             they are: every token has the same weight, a long response counts for more than a short one.
 
             Args:
                 work: this rank's micro-batches; equally many on every rank.
-                global_tokens: response tokens of the step, over all ranks.
+                global_tokens: sampled response tokens of the step, over all ranks.
                 step: number of the step, for messages and file names.
 
             Raises:
@@ -271,9 +271,11 @@ class LearnerRank:
             case "topk" | "ids":
                 return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
             case "sampled":
-                ids = torch.from_numpy(np.concatenate([s.rollout.token_ids for s in samples])).long()
-                sampling = torch.from_numpy(np.concatenate([s.rollout.log_probs for s in samples]))
-                return SampledRows(ids.to(self.device), signal["log_probs"], sampling.to(self.device))
+                ids = torch.from_numpy(np.concatenate([s.rollout.token_ids[s.rollout.sampled_rows] for s in samples]))
+                sampling = torch.from_numpy(
+                    np.concatenate([s.rollout.log_probs[s.rollout.sampled_rows] for s in samples])
+                )
+                return SampledRows(ids.long().to(self.device), signal["log_probs"], sampling.to(self.device))
 
     def _agree_to_go_on(
         self, step: int, weighted: Sequence[MicroBatchWork], sums: np.ndarray, lost: str | None
@@ -375,19 +377,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def pack(samples: Sequence[Scored]) -> Tokens:
-    """Right-pads samples; row i of a response is predicted at position prompt_len - 1 + i."""
+    """Right-pads samples; row i of a response, unless it was forced, is predicted at position prompt_len - 1 + i."""
     lengths = [sequence_length(sample) for sample in samples]
     longest = max(lengths)
     input_ids = torch.zeros(len(samples), longest, dtype=torch.int64)
-    rows = []
+    rows, targets = [], []
     for i, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         input_ids[i, :length] = torch.from_numpy(sample.rollout.input_ids[:length].astype(np.int64))
-        rows.append(torch.arange(len(sample.rollout.prompt.token_ids) - 1, length) + i * longest)
-    targets = np.concatenate([sample.rollout.token_ids for sample in samples]).astype(np.int64)
-    return Tokens(input_ids, torch.cat(rows), torch.from_numpy(targets))
+        sampled = sample.rollout.sampled_rows
+        rows.append(i * longest + len(sample.rollout.prompt.token_ids) - 1 + sampled)
+        targets.append(sample.rollout.token_ids[sampled].astype(np.int64))
+    return Tokens(input_ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)))
 
 
 def sample_sums(samples: Sequence[Scored], statistics: torch.Tensor) -> np.ndarray:
-    """Sums over each sample's tokens, float64 [samples, k], of ``statistics`` [k, all tokens in order]."""
-    starts = np.cumsum([0, *(len(sample.rollout.token_ids) for sample in samples)])[:-1]
+    """Sums over each sample's sampled tokens, float64 [samples, k], of ``statistics`` [k, all of them in order]."""
+    starts = np.cumsum([0, *(len(sample.rollout.sampled_rows) for sample in samples)])[:-1]
     return np.add.reduceat(statistics.double().cpu().numpy(), starts, axis=1).T

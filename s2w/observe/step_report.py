@@ -84,7 +84,7 @@ class StepReporter:
             response_tokens=response,
             response_length=response / len(rollouts),
             finish={reason: count / len(rollouts) for reason, count in sorted(finish.items())},
-            staleness_mean=sum(age * tokens for age, tokens in ages) / response,
+            staleness_mean=sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
             staleness_max=max(age for age, _ in ages),
             tokens_per_second={stage: tokens / spent for stage, (tokens, spent) in work.items()},
             busy=self.timeline.busy(self._began, now),
