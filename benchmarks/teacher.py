@@ -10,6 +10,7 @@ VmHWM) over its peak after start-up; ``prompt_logprobs`` rows of the prompt are 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import subprocess
@@ -57,79 +58,91 @@ def engine_memory_mib() -> float:
     return sum(parents[pid][1] for pid in mine - {os.getpid()}) / 1024
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs one variant in this process."""
     from s2w.hardware import resolve_dtype
     from s2w.vllm_actor import prepare_process
 
     prepare_process(options.device, 1, None, 1)
-    from vllm import LLM, PoolingParams, SamplingParams
+    from vllm import AsyncEngineArgs, PoolingParams, SamplingParams
     from vllm.config import PoolerConfig
     from vllm.logprobs import FlatLogprobs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     from s2w.teacher.scoring import as_teacher
     from s2w.teacher.signal import encode, nbytes
 
-    length = options.prompt + options.response
-    engine: dict[str, Any] = {
-        "model": options.model,
-        "dtype": resolve_dtype(options.dtype, options.device),
-        "max_model_len": length + 1,
-        "max_num_batched_tokens": options.batched_tokens,
-        "max_num_seqs": 64,
-        "enable_chunked_prefill": True,
-        "enable_prefix_caching": False,
-        "enforce_eager": True,
-        "skip_tokenizer_init": True,
+    scores = options.variant != "prompt_logprobs"
+    length, rows = options.prompt + options.response, options.rollouts * options.response
+    pooling: dict[str, Any] = {
+        "runner": "pooling",
+        "pooler_config": PoolerConfig(task="token_embed"),
+        "hf_overrides": as_teacher,
     }
-    generator = np.random.default_rng(0)
-    rows = options.rollouts * options.response
-    if options.variant == "prompt_logprobs":
-        llm = LLM(max_logprobs=options.top_k, **engine)
-        vocab = llm.llm_engine.model_config.get_vocab_size()
-        inputs = generator.integers(0, vocab, (options.rollouts, length))
-        sampling = SamplingParams(
-            prompt_logprobs=options.top_k, max_tokens=1, temperature=0.0, detokenize=False, flat_logprobs=True
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=options.model,
+            dtype=resolve_dtype(options.dtype, options.device),  # type: ignore[arg-type]
+            max_model_len=length + 1,
+            max_num_batched_tokens=options.batched_tokens,
+            max_num_seqs=64,
+            max_logprobs=options.top_k,
+            enable_chunked_prefill=True,
+            enable_prefix_caching=False,
+            enforce_eager=True,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            **(pooling if scores else {}),
         )
+    )
+    generator = np.random.default_rng(0)
+    vocab = llm.model_config.get_vocab_size()
+    inputs = generator.integers(0, vocab, (options.rollouts, length))
+    width = 1 if options.variant == "sampled" else options.top_k
+    ids = generator.integers(0, vocab, (options.response, width), dtype=np.int32)
 
-        def score() -> int:
-            outputs = llm.generate([ids.tolist() for ids in inputs], sampling, use_tqdm=False)
-            flat = outputs[0].prompt_logprobs
-            assert isinstance(flat, FlatLogprobs)
-            # An id and a log-prob for each of the sampled token and the top k.
-            return 8 * (flat.end_indices[-1] - flat.start_indices[-1])
-    else:
-        llm = LLM(runner="pooling", pooler_config=PoolerConfig(task="token_embed"), hf_overrides=as_teacher, **engine)
-        vocab = llm.llm_engine.model_config.get_vocab_size()
-        inputs = generator.integers(0, vocab, (options.rollouts, length))
-        width = 1 if options.variant == "sampled" else options.top_k
-        ids = generator.integers(0, vocab, (options.response, width), dtype=np.int32)
+    async def teacher(request: str, tokens: list[int]) -> int:
+        """Payload bytes of one rollout."""
         wanted = {"kind": options.variant, "start": options.prompt - 1, "top_k": width, "temperature": 1.0}
         if options.variant in ("ids", "sampled"):
             wanted["ids"] = ids.tobytes()
-        pooling = PoolingParams(task="token_embed", extra_kwargs=wanted)
+        parameters = PoolingParams(task="token_embed", extra_kwargs=wanted)
+        [output] = [o async for o in llm.encode({"prompt_token_ids": tokens[:-1]}, parameters, request)]
+        return nbytes(encode(options.variant, output.outputs.data, ids))
 
-        def score() -> int:
-            outputs = llm.encode(
-                [ids[:-1].tolist() for ids in inputs], pooling, pooling_task="token_embed", use_tqdm=False
-            )
-            payloads = [encode(options.variant, output.outputs.data, ids) for output in outputs]
-            return sum(nbytes(payload) for payload in payloads) // rows
+    async def prompt_logprobs(request: str, tokens: list[int]) -> int:
+        parameters = SamplingParams(
+            prompt_logprobs=options.top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            max_tokens=1,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        [output] = [o async for o in llm.generate({"prompt_token_ids": tokens}, parameters, request)]
+        flat = output.prompt_logprobs
+        assert isinstance(flat, FlatLogprobs)
+        # 8 bytes (id, log-prob) an entry: the token itself and the k most likely ones.
+        return 8 * (flat.end_indices[-1] - flat.start_indices[-options.response])
 
     before = engine_memory_mib()
-    seconds, row_bytes = [], 0
-    for _ in range(options.repeats + 1):
+    seconds, size = [], 0
+    for repeat in range(options.repeats + 1):
         start = time.perf_counter()
-        row_bytes = score()
+        score = teacher if scores else prompt_logprobs
+        calls = [score(f"{repeat}-{i}", tokens.tolist()) for i, tokens in enumerate(inputs)]
+        size = sum(await asyncio.gather(*calls))
         seconds.append(time.perf_counter() - start)
+    after = engine_memory_mib()
+    llm.shutdown()
     return {
         "variant": options.variant,
         "rows": rows,
         "seconds": seconds[1:],  # the first pass compiles kernels
         "rows_per_s": rows / min(seconds[1:]),
         "tokens_per_s": options.rollouts * length / min(seconds[1:]),
-        "bytes_per_row": row_bytes,
-        "memory_growth_mib": engine_memory_mib() - before,
+        "bytes_per_row": size // rows,
+        "memory_growth_mib": after - before,
     }
 
 
@@ -148,7 +161,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one only, in this process; print JSON")
     options = parser.parse_args()
     if options.variant:
-        print(json.dumps(measure(options)))
+        print(json.dumps(asyncio.run(measure(options))))
         return
 
     results = []
