@@ -201,7 +201,12 @@ def summarise(recorder: Recorder, reporter: StepReporter, wall_seconds: float) -
     before, after = evaluations[0], evaluations[-1]
     summary = {
         "heldout": {
-            moment: {"forward_kl": result.forward_kl, "reverse_kl": result.reverse_kl, "version": result.version}
+            moment: {
+                "forward_kl": result.forward_kl,
+                "reverse_kl": result.reverse_kl,
+                "version": result.version,
+                "by_mode": result.by_mode,
+            }
             for moment, result in (("before", before), ("after", after))
         },
         **reporter.totals(),

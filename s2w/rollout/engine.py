@@ -188,7 +188,9 @@ class RolloutEngine:
     def _draft(self, prompt: Prompt, sample: int, thinking_budget: int | None) -> _Draft:
         limit = min(self.config.max_tokens, self.max_model_len - len(prompt.token_ids))
         budget = self.config.thinking_budget if thinking_budget is None else thinking_budget
-        if budget is not None and (prompt.mode != "think" or budget + len(self.thinking_stop.token_ids) >= limit):
+        if prompt.mode != "think" or (budget is not None and budget >= limit):
+            budget = None
+        if budget is not None and budget + len(self.thinking_stop.token_ids) >= limit:
             budget = None
         return _Draft(prompt, sample, limit, budget, started=time.time())
 

@@ -42,7 +42,8 @@ def check_thinking_budget(
         setting: name of the setting that holds the budget, for the error's text.
 
     Raises:
-        ConfigError: no think block in the template, no closing tag in the instruction, or no room for an answer.
+        ConfigError: no think block in the template, an instruction without closing tag or that the tokenizer cannot
+            encode, or no room for an answer.
     """
     if budget < 1:
         raise ConfigError(f"{setting}={budget}: write at least 1, or null for no budget")
@@ -52,7 +53,10 @@ def check_thinking_budget(
         )
     if THINK_CLOSE not in rollout.stop_thinking:
         raise ConfigError(f"rollout.stop_thinking must contain {THINK_CLOSE}: it closes the think block")
-    inserted = len(ThinkingStop(rollout.stop_thinking, tokenizer).token_ids)
+    try:
+        inserted = len(ThinkingStop(rollout.stop_thinking, tokenizer).token_ids)
+    except Exception as error:  # The tokenizers library has no class of its own.
+        raise ConfigError(f"the tokenizer cannot encode rollout.stop_thinking: {error}") from error
     if budget + inserted >= rollout.max_tokens:
         raise ConfigError(
             f"{setting}={budget} and the {inserted} tokens of rollout.stop_thinking leave no room for an answer in "
