@@ -27,7 +27,7 @@ from s2w.off_policy.filters import FILTERS, apply_filters, has_loop
 from s2w.off_policy.generate import teacher_prompts
 from s2w.off_policy.phase import ResponseStream, learner_settings, one_hot, split
 from s2w.off_policy.response import Response
-from s2w.off_policy.shards import ShardStore
+from s2w.off_policy.shards import ShardStore, vocabulary_hash
 from s2w.records import Mode, Prompt
 from s2w.teacher.signal import bytes_per_row, decode, nbytes
 from s2w.validate import Facts, check
@@ -170,6 +170,23 @@ def test_shards_give_back_what_they_took(tmp_path: Path) -> None:
     assert json.loads(table.schema.metadata[b"s2w"]) == {"teacher": "t", "temperature": 0.6}
     with pytest.raises(ConfigError, match=r"shard-000000\.parquet was generated with temperature=0\.6, not 1\.0"):
         ShardStore(tmp_path, {"teacher": "t", "temperature": 1.0})
+
+
+def test_shards_are_a_ready_dataset_too(checkpoint: str, tmp_path: Path, facts: Facts) -> None:
+    # "1" and "2" are also one token, "12": text alone would not give the two back.
+    tokenizer = facts.student.tokenizer
+    ids = np.asarray([*tokenizer("1")["input_ids"], *tokenizer("2")["input_ids"]], np.int32)
+    one, two = replace(response("12"), token_ids=ids), response("half an", mode="think", finish="length")
+    for vocabulary, tokens in ((vocabulary_hash(tokenizer), ids.tolist()), ("another", None)):
+        directory = tmp_path / vocabulary
+        ShardStore(directory, {"vocabulary_sha256": vocabulary}).add([one, two])
+        found = read_dataset(settings(checkpoint, tmp_path / "run", f"off_policy.path={directory}"), facts)
+        retokenised = [*tokenizer("12")["input_ids"], tokenizer.eos_token_id]
+        assert found[0].token_ids.tolist() == (tokens or retokenised)
+        assert retokenised != tokens
+        assert [(r.text, r.prompt.mode, r.finish_reason) for r in found] == [
+            ("12", "no_think", "stop"), ("half an", "think", "length"),
+        ]  # fmt: skip
 
 
 def test_the_teacher_is_asked_in_every_mode(checkpoint: str, tmp_path: Path, facts: Facts) -> None:

@@ -1,4 +1,8 @@
-"""Ready responses from a file: rendered as prompts of their mode, tokenised once."""
+"""Ready responses from a file: rendered as prompts of their mode, tokenised once.
+
+Shards that ``s2w generate`` wrote with the same vocabulary keep their response tokens: decoding and tokenising again
+need not give them back.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +28,21 @@ from s2w.modes import (
     supported_modes,
 )
 from s2w.off_policy.response import Response
+from s2w.off_policy.shards import VOCABULARY, provenance_of, vocabulary_hash
 from s2w.records import Mode, Prompt
 from s2w.validate import Facts
 
 DROPPED = "dropped.parquet"
 """Left out of a directory of Parquet files: what the filters of a generation dropped."""
 
+TOKENS = "response_token_ids"
+
 Messages = tuple[dict[str, str], ...]
 
 
 def read_dataset(config: Config, facts: Facts) -> list[Response]:
-    """The responses in ``off_policy.path``, each a training example that ends with the teacher's end-of-sequence token.
+    """The responses in ``off_policy.path``, each a training example. Those without tokens of their own end with the
+    teacher's first end-of-sequence token, unless their ``finish_reason`` is ``length``.
 
     A row's mode is its column ``mode``, else the soft switch in its messages, else whether its response thinks.
 
@@ -45,10 +53,12 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
     path = Path(config.off_policy.path).expanduser()
     tokenizer = facts.student.tokenizer
     modes, opened = supported_modes(tokenizer), opens_thinking(tokenizer)
+    vocabulary = vocabulary_hash(tokenizer)
     prompts: list[Prompt] = []
     texts: list[str] = []
     rendered: list[str] = []
-    for where, row in _rows(path):
+    own_tokens: list[tuple[list[int] | None, str]] = []
+    for where, row in _rows(path, vocabulary):
         messages, text = _conversation(where, row)
         if config.data.system_prompt is not None and messages[0]["role"] != "system":
             messages = ({"role": "system", "content": config.data.system_prompt}, *messages)
@@ -56,6 +66,7 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
         task, answer = _task(where, row)
         metadata = _metadata(row, messages, answer) if task and task not in VERIFIERS else {}
         rendered.append(render(tokenizer, messages, mode, dict(config.data.chat_template_kwargs)))
+        own_tokens.append((row.get(TOKENS), row.get("finish_reason") or "stop"))
         texts.append(_without_prefix(text, mode, opened))
         uid = f"{path.stem}/{len(prompts)}"
         seed = derive_seed("prompt", config.run.seed, uid)
@@ -72,16 +83,21 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
         Response(
             prompt=Prompt(p.uid, p.messages, np.asarray(given, np.int32), p.mode, p.seed, p.task, p.answer, p.metadata),
             sample=0,
-            token_ids=np.asarray([*ids, end], np.int32),
+            token_ids=np.asarray(own or (ids if finish_reason == "length" else [*ids, end]), np.int32),
             text=text,
-            finish_reason="stop",
+            finish_reason=finish_reason,
         )
-        for p, given, ids, text in zip(prompts, prompt_ids, response_ids, texts, strict=True)
+        for p, given, ids, text, (own, finish_reason) in zip(
+            prompts, prompt_ids, response_ids, texts, own_tokens, strict=True
+        )
     ]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a file or of all Parquet files of a directory, each with words that say where it stands."""
+def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file or of all Parquet files of a directory, each with words that say where it stands.
+
+    Token ids of another vocabulary than ``vocabulary`` are left out.
+    """
     if path.is_dir():
         files = [file for file in sorted(path.glob("*.parquet")) if file.name != DROPPED]
         if not files:
@@ -99,7 +115,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = _json_lines(file)
         else:
             raise ConfigError(f"off_policy.path={path} is neither .jsonl nor .parquet nor a directory")
+        same = file.suffix == ".parquet" and provenance_of(file).get(VOCABULARY) == vocabulary
         for number, row in enumerate(rows):
+            if not same:
+                row.pop(TOKENS, None)
             yield f"{str(file)!r}, row {number}", row
 
 

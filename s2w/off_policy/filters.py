@@ -74,7 +74,7 @@ def apply_filters(
     """Runs the filters that ``config`` turns on.
 
     Args:
-        max_tokens: longest response, where ``config`` gives none.
+        max_tokens: longest response, whatever ``config`` says.
         max_prompt_tokens: longest prompt.
         opened: thinking prompts end inside the think block (:func:`s2w.modes.opens_thinking`).
         verifier: needed if ``config.verified`` and a prompt has a task.
@@ -84,7 +84,7 @@ def apply_filters(
         "truncated": lambda response: config.truncated and is_truncated(response),
         "format": lambda response: config.format and breaks_format(response, opened),
         "length": lambda response: (
-            not config.min_tokens <= len(response.token_ids) <= (config.max_tokens or max_tokens)
+            not config.min_tokens <= len(response.token_ids) <= min(config.max_tokens or max_tokens, max_tokens)
             or len(response.prompt.token_ids) > max_prompt_tokens
         ),
         "loop": lambda response: has_loop(response.token_ids, config.loop_ngram, config.loop_tokens),

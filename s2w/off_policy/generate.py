@@ -22,7 +22,7 @@ from s2w.models.checkpoint import resolve_path
 from s2w.modes import supported_modes
 from s2w.observe.progress import Progress
 from s2w.off_policy.response import Response
-from s2w.off_policy.shards import ShardStore
+from s2w.off_policy.shards import VOCABULARY, ShardStore, vocabulary_hash
 from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
 from s2w.validate import Facts
@@ -55,6 +55,7 @@ def open_store(config: Config, facts: Facts, directory: Path) -> ShardStore:
         "top_k": off.top_k,
         "max_tokens": off.max_tokens,
         "seed": config.run.seed,
+        VOCABULARY: vocabulary_hash(facts.student.tokenizer),
         "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(),
         "chat_template_kwargs": dict(config.data.chat_template_kwargs),
         "system_prompt": config.data.system_prompt,

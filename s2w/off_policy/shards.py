@@ -8,6 +8,7 @@ Columns: ``uid``, ``mode`` and ``sample``; ``task``, ``answer`` and ``metadata``
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from s2w.errors import ConfigError
 from s2w.off_policy.response import Key, Response
@@ -38,7 +40,20 @@ SCHEMA = pa.schema(
     ]
 )
 METADATA_KEY = b"s2w"
+VOCABULARY = "vocabulary_sha256"
+"""Name of :func:`vocabulary_hash` in the provenance: token ids mean something to this vocabulary only."""
 SHARDS = "shard-*.parquet"
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's tokens and ids."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def provenance_of(path: Path) -> dict[str, Any]:
+    """What a Parquet file says of its origin; empty if s2w has not written it."""
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata.get(METADATA_KEY, b"{}"))
 
 
 class ShardStore:
@@ -56,7 +71,7 @@ class ShardStore:
         self.directory, self.provenance = directory, provenance
         directory.mkdir(parents=True, exist_ok=True)
         for path in self._paths():
-            there = json.loads(pq.read_schema(path).metadata[METADATA_KEY])
+            there = provenance_of(path)
             differing = sorted(
                 name for name in there.keys() | provenance.keys() if there.get(name) != provenance.get(name)
             )
