@@ -237,6 +237,9 @@ class LoopConfig:
     """Prompts of a batch."""
     samples_per_prompt: int = 1
     """Responses to each of them."""
+    off_policy_fraction: float = 0.0
+    """Share of a batch's prompts whose responses are the teacher's, out of the off-policy set, instead of the
+    student's: 1 - lambda of GKD (arXiv 2306.13649, algorithm 1). They are scored and learned like the others."""
     max_staleness: int = 0
     """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
     written by the weights that learn from it. n: generation runs up to n batches ahead."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from s2w.learner.group import LearnerGroup
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter
-from s2w.records import Heldout, Prompt, Scored
+from s2w.off_policy.batches import ResponseStream
+from s2w.records import Heldout, Prompt, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.pool import TeacherPool
 from s2w.weights.probe import ProbeResult, compare
@@ -44,6 +45,7 @@ class Controller:
         loop: steps, batch size, staleness.
         deterministic: batches are generated, then scored, each as a whole: bit for bit repeatable.
         stream: training prompts, standing where the run begins.
+        teacher_responses: the teacher's part of each batch; None if there is none.
         heldout: prompts of the held-out evaluation.
         step: updates that the learner's weights have already had (resume).
         checkpoints: directory of the checkpoints.
@@ -56,6 +58,7 @@ class Controller:
         *,
         deterministic: bool,
         stream: PromptStream,
+        teacher_responses: ResponseStream | None,
         heldout: list[Prompt],
         rollouts: RolloutPool,
         teachers: TeacherPool,
@@ -70,7 +73,7 @@ class Controller:
         on_batch: Callable[[list[Scored]], None] | None = None,
     ) -> None:
         self.loop, self.deterministic = loop, deterministic
-        self.stream, self.heldout = stream, heldout
+        self.stream, self.teacher_responses, self.heldout = stream, teacher_responses, heldout
         self.rollouts, self.teachers, self.learner, self.grader = rollouts, teachers, learner, grader
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
         self.step = self.saved = step
@@ -88,7 +91,7 @@ class Controller:
             while self.step < self.loop.steps:
                 self.reporter.begin()
                 while len(ahead) <= self.loop.max_staleness and self.step + len(ahead) < self.loop.steps:
-                    ahead.append(self.launch())
+                    ahead.append(self.launch(self.step + len(ahead)))
                 batch = ahead.popleft()
                 samples = await self.finished(batch.samples)
                 learning = time.time()
@@ -112,32 +115,40 @@ class Controller:
             for batch in ahead:
                 batch.samples.cancel()
 
-    def launch(self) -> Batch:
-        """Starts the next batch of the prompt stream."""
+    def launch(self, number: int) -> Batch:
+        """Starts batch ``number``: the next of the prompt stream, and the teacher's part of it."""
+        given = self.teacher_responses.batch(number) if self.teacher_responses else []
         prompts = self.stream.next_batch()
         requests = [(prompt, sample) for prompt in prompts for sample in range(self.loop.samples_per_prompt)]
-        return Batch(asyncio.create_task(self.write_and_score(requests)), self.stream.state_dict())
+        samples = self.write_and_score(requests, [response.as_rollout() for response in given])
+        return Batch(asyncio.create_task(samples), self.stream.state_dict())
 
-    async def write_and_score(self, requests: list[tuple[Prompt, int]]) -> list[Scored]:
-        """Rollouts with their signals, in the order of ``requests``; each is scored the moment it is finished."""
+    async def write_and_score(self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout] = ()) -> list[Scored]:
+        """Rollouts with their signals, in the order of ``requests``, then the ``given`` ones with theirs; each is
+        scored the moment it is finished."""
         if self.deterministic:
-            rollouts = await self.rollouts.generate_batch(requests)
+            rollouts = [*await self.rollouts.generate_batch(requests), *given]
             return [Scored(*pair) for pair in zip(rollouts, await self.teachers.score_batch(rollouts), strict=True)]
 
-        written = scored = 0
+        written, scored = len(given), 0
 
-        async def sample(prompt: Prompt, index: int) -> Scored:
-            nonlocal written, scored
+        async def write(prompt: Prompt, index: int) -> Scored:
+            nonlocal written
             rollout = await self.rollouts.generate(prompt, index)
             written += 1
-            self.progress.under_way(written, scored, len(requests))
+            self.progress.under_way(written, scored, len(requests) + len(given))
+            return await score(rollout)
+
+        async def score(rollout: Rollout) -> Scored:
+            nonlocal scored
             signal = await self.teachers.score(rollout)
             scored += 1
-            self.progress.under_way(written, scored, len(requests))
+            self.progress.under_way(written, scored, len(requests) + len(given))
             return Scored(rollout, signal)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(sample(prompt, index)) for prompt, index in requests]
+            tasks = [group.create_task(write(prompt, index)) for prompt, index in requests]
+            tasks += [group.create_task(score(rollout)) for rollout in given]
         return [task.result() for task in tasks]
 
     async def finished(self, batch: Awaitable[list[Scored]]) -> list[Scored]:

@@ -56,6 +56,7 @@ class Rollout:
     log_probs: np.ndarray
     """float32 [n], log-prob of each token under the policy that sampled it, in nats."""
     versions: tuple[VersionSpan, ...]
+    """Empty if the teacher wrote the response."""
     finish_reason: str
     """vLLM's own: ``stop`` or ``length``."""
     engine: int

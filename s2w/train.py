@@ -28,10 +28,12 @@ from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter
 from s2w.observe.timeline import Timeline
 from s2w.off_policy import phase as off_policy
+from s2w.off_policy.batches import ResponseStream
+from s2w.off_policy.collect import TeacherResponses
 from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.pool import TeacherPool
-from s2w.validate import check, check_resources
+from s2w.validate import check, check_resources, off_policy_prompts
 
 CHECKPOINTS = Path("checkpoints")
 """Of the on-policy phase, in the run directory."""
@@ -105,9 +107,10 @@ async def _run(
     reporter = StepReporter(Timeline(job.directory / "timeline.jsonl"))
     try:
         student = materialise_student(config.student, job.directory / "student", config.run.seed)
+        teacher_responses = TeacherResponses(job)
         if config.off_policy.steps:
-            student = await off_policy.run_phase(job, student)
-        await _on_policy(job, student, prompts, heldout, reporter, on_batch)
+            student = await off_policy.run_phase(job, student, teacher_responses)
+        await _on_policy(job, student, teacher_responses, prompts, heldout, reporter, on_batch)
         summary = summarise(recorder, reporter, time.time() - began)
         recorder.summary(summary)
         job.progress.summary(summary)
@@ -118,6 +121,7 @@ async def _run(
 async def _on_policy(
     job: Job,
     student: Path,
+    teacher_responses: TeacherResponses,
     prompts: list[Prompt],
     heldout: list[Prompt],
     reporter: StepReporter,
@@ -127,6 +131,7 @@ async def _on_policy(
 
     Args:
         student: directory of the checkpoint that is policy version 0.
+        teacher_responses: collected if batches have a share of them.
     """
     config, facts, device, progress = job.config, job.facts, job.device, job.progress
     began = time.time()
@@ -134,7 +139,12 @@ async def _on_policy(
     progress.say(f"device {device}, " + ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items()))
     last = last_checkpoint(config, job.directory / CHECKPOINTS)
     step = steps_done(last)
-    stream = PromptStream(prompts, config.loop.prompts_per_step, config.run.seed)
+    given, max_model_len = None, facts.max_model_len
+    if share := off_policy_prompts(config.loop):
+        train_responses = (await teacher_responses.split()).train
+        given = ResponseStream(train_responses, share * config.loop.samples_per_prompt, config.run.seed)
+        max_model_len = max(max_model_len, config.data.max_prompt_tokens + config.off_policy.max_tokens)
+    stream = PromptStream(prompts, config.loop.prompts_per_step - share, config.run.seed)
     if last:
         stream.load_state_dict(checkpoint.read_state(last)["data"]["stream"])
         progress.say(f"continues after step {step} from {last}")
@@ -145,7 +155,7 @@ async def _on_policy(
         config.loss.temperature,
         device=device,
         dtype=dtypes["teacher"],
-        max_model_len=config.teacher.max_model_len or facts.max_model_len,
+        max_model_len=config.teacher.max_model_len or max_model_len,
     )
     rollouts = RolloutPool(
         config.rollout,
@@ -172,6 +182,7 @@ async def _on_policy(
             config.loop,
             deterministic=config.run.deterministic,
             stream=stream,
+            teacher_responses=given,
             heldout=heldout,
             rollouts=rollouts,
             teachers=teachers,

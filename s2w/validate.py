@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2w.config import Config, OffPolicyLoss, SignalKind, StudentInit
+from s2w.config import Config, LoopConfig, OffPolicyLoss, SignalKind, StudentInit
 from s2w.errors import ConfigError
 from s2w.learner.carriage import carries
 from s2w.learner.divergence import make_divergence
@@ -63,7 +63,7 @@ def check(config: Config, *, generating: bool = False) -> Facts:
         check_thinking_budget(budget, "rollout.thinking_budget", config.rollout, student.tokenizer)
     length = config.data.max_prompt_tokens + config.rollout.max_tokens
     lengths = {"rollout.max_tokens": length}
-    if generating or config.off_policy.steps:
+    if generating or _uses_off_policy(config):
         lengths["off_policy.max_tokens"] = config.data.max_prompt_tokens + config.off_policy.max_tokens
     for setting, tokens in lengths.items():
         for side, checkpoint in (("teacher", teacher), ("student", student)):
@@ -91,7 +91,7 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
     Raises:
         ConfigError: names the resource, how much is asked for, and how much there is.
     """
-    if config.off_policy.steps and config.off_policy.path is None:
+    if _uses_off_policy(config) and config.off_policy.path is None:
         check_generation(config, device, available)
     teacher, rollout, learner = config.teacher, config.rollout, config.learner
     cpus = teacher.replicas * teacher.cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
@@ -234,11 +234,42 @@ def _check_off_policy(config: Config) -> None:
     if off.path is not None and not Path(off.path).expanduser().exists():
         raise ConfigError(f"off_policy.path={off.path}: there is no such file or directory")
     kind = config.signal.kind
-    if off.steps and off.loss is OffPolicyLoss.divergence and kind not in (SignalKind.hidden, SignalKind.topk):
+    if not 0 <= config.loop.off_policy_fraction < 1:
+        raise ConfigError(f"loop.off_policy_fraction={config.loop.off_policy_fraction}: write 0 or more, below 1")
+    off_policy_prompts(config.loop)
+    scored = [
+        setting
+        for setting, used in (
+            ("off_policy.loss=divergence", off.steps and off.loss is OffPolicyLoss.divergence),
+            (f"loop.off_policy_fraction={config.loop.off_policy_fraction}", config.loop.off_policy_fraction),
+        )
+        if used
+    ]
+    if scored and kind not in (SignalKind.hidden, SignalKind.topk):
         raise ConfigError(
-            f"off_policy.loss=divergence with signal.kind={kind.value}: the student has not sampled the teacher's "
+            f"{scored[0]} with signal.kind={kind.value}: the student has not sampled the teacher's "
             "responses, so only hidden and topk say what is needed"
         )
+
+
+def off_policy_prompts(loop: LoopConfig) -> int:
+    """Prompts of a batch whose responses are the teacher's.
+
+    Raises:
+        ConfigError: ``loop.off_policy_fraction`` rounds to none of the prompts, or to all.
+    """
+    count = round(loop.off_policy_fraction * loop.prompts_per_step)
+    if loop.off_policy_fraction and not 0 < count < loop.prompts_per_step:
+        raise ConfigError(
+            f"loop.off_policy_fraction={loop.off_policy_fraction} of loop.prompts_per_step={loop.prompts_per_step} "
+            f"rounds to {count} prompts: write more prompts, or another fraction"
+        )
+    return count
+
+
+def _uses_off_policy(config: Config) -> bool:
+    """The run learns responses of the teacher in one of its phases."""
+    return config.off_policy.steps > 0 or config.loop.off_policy_fraction > 0
 
 
 def _check_run_directory(config: Config) -> None:

@@ -22,10 +22,11 @@ from s2w.data.verifier_process import VerifierProcess
 from s2w.errors import ConfigError
 from s2w.learner.divergence import make_divergence
 from s2w.learner.fused_kl import Head, SparseRows, divergence_loss
+from s2w.off_policy.batches import ResponseStream, split
 from s2w.off_policy.dataset import read_dataset
 from s2w.off_policy.filters import FILTERS, apply_filters, has_loop
 from s2w.off_policy.generate import teacher_prompts
-from s2w.off_policy.phase import ResponseStream, learner_settings, one_hot, split
+from s2w.off_policy.phase import learner_settings, one_hot
 from s2w.off_policy.response import Response
 from s2w.off_policy.shards import ShardStore, vocabulary_hash
 from s2w.records import Mode, Prompt
@@ -268,6 +269,9 @@ def test_rows_that_are_no_responses(
         (["off_policy.filters.cjk_share=-1"], r"off_policy\.filters\.cjk_share=-1\.0: write 0 or more"),
         (["off_policy.learning_rate=0"], r"off_policy\.learning_rate=0\.0: write a number above 0"),
         (["off_policy.loss=divergence", "signal.kind=ids"], "only hidden and topk say what is needed"),
+        (["loop.off_policy_fraction=0.25", "signal.kind=ids"], r"off_policy_fraction=0\.25 with signal\.kind=ids"),
+        (["loop.off_policy_fraction=1"], r"loop\.off_policy_fraction=1\.0: write 0 or more, below 1"),
+        (["loop.off_policy_fraction=0.001"], r"of loop\.prompts_per_step=64 rounds to 0 prompts"),
         (["off_policy.max_tokens=4000"], r"off_policy\.max_tokens = 5024 is more than the teacher's context of 4096"),
         (["off_policy.loss=kl"], r"off_policy\.loss: .*cross_entropy, divergence"),
     ],

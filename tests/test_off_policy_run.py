@@ -25,9 +25,10 @@ from s2w.job import Job
 from s2w.models.student import materialise_student
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
-from s2w.off_policy.collect import collect
+from s2w.off_policy.batches import ResponseStream, split
+from s2w.off_policy.collect import TeacherResponses, collect
 from s2w.off_policy.dataset import read_dataset
-from s2w.off_policy.phase import ResponseStream, run_phase, split
+from s2w.off_policy.phase import run_phase
 from s2w.off_policy.response import Response
 from s2w.records import Rollout, Scored
 from s2w.train import INTERRUPTED, train
@@ -55,6 +56,7 @@ class World:
             "data.max_prompt_tokens=128", "rollout.max_tokens=8", "rollout.enforce_eager=true",
             "teacher.enforce_eager=true", "rollout.cpus=0.2", "teacher.cpus=0.2", "learner.cpus=0.2",
             "learner.learning_rate=1e-3", "loop.steps=1", "loop.prompts_per_step=4",
+            "loop.off_policy_fraction=0.25",
             "off_policy.steps=5", "off_policy.max_tokens=16", f"off_policy.samples_per_prompt={SAMPLES}",
             "off_policy.responses_per_step=8", "off_policy.learning_rate=1e-2", "off_policy.heldout_responses=4",
             "off_policy.shard_responses=4", "off_policy.temperature=1", "off_policy.top_p=1", "off_policy.top_k=-1",
@@ -184,6 +186,20 @@ def test_the_second_phase_starts_from_the_weights_of_the_first(story: Story) -> 
     assert (story.directory / "checkpoints" / "latest" / "model.safetensors").exists()
 
 
+def test_a_share_of_each_batch_is_the_teachers(story: Story) -> None:
+    _, batch, _ = story.batches
+    by_teacher = [sample.rollout for sample in batch if not sample.rollout.versions]
+    assert len(batch) == 4 and len(by_teacher) == 1
+    [response] = ResponseStream(split(story.responses(), 4, seed=0).train, 1, seed=0).batch(0)
+    assert by_teacher[0].uid == response.as_rollout().uid
+    assert np.array_equal(by_teacher[0].token_ids, response.token_ids)
+    line = story.lines("metrics.jsonl")[-1]
+    assert line["staleness_max"] == 0
+    lengths = [len(sample.rollout.token_ids) for sample in batch if sample.rollout.versions]
+    assert line["response_length"] == np.mean(lengths)
+    assert line["response_tokens"] == sum(lengths) + len(response.token_ids)
+
+
 def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story: Story, world: World) -> None:
     config = compose(
         [
@@ -200,7 +216,7 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
     ray.init(include_dashboard=False, log_to_driver=False)
     try:
         job = Job(config, facts, "cpu", directory, recorder, Progress(2, "forward_kl"))
-        last = asyncio.run(run_phase(job, student))
+        last = asyncio.run(run_phase(job, student, TeacherResponses(job)))
     finally:
         ray.shutdown()
     assert not list((directory / "off_policy").glob("shard-*"))

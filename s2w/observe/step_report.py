@@ -52,11 +52,13 @@ class StepReporter:
         rollouts = [sample.rollout for sample in samples]
         lengths = [len(rollout.token_ids) for rollout in rollouts]
         response = sum(lengths)
+        # The others are responses of the teacher (loop.off_policy_fraction).
+        written = [rollout for rollout in rollouts if rollout.versions]
         prompt = sum(len(rollout.prompt.token_ids) for rollout in rollouts)
         work = {
             "generate": (
-                response,
-                self._worked("generate", [(r.engine, r.started, r.finished) for r in rollouts], step),
+                sum(len(rollout.token_ids) for rollout in written),
+                self._worked("generate", [(r.engine, r.started, r.finished) for r in written], step),
             ),
             "score": (
                 prompt + response - sum(sample.signal.cached_tokens for sample in samples),
@@ -70,7 +72,7 @@ class StepReporter:
             self._seconds[stage] += spent
         self._swaps.append((swap.pause_ms, probe.mean))
         ages = [(step - 1 - span.version, span.stop - span.start) for r in rollouts for span in r.versions]
-        finish = Counter(rollout.finish_reason for rollout in rollouts)
+        finish = Counter(rollout.finish_reason for rollout in written)
         return StepReport(
             step=step,
             loss=update.loss,
@@ -82,8 +84,8 @@ class StepReporter:
             learning_rate=update.learning_rate,
             prompts=len({rollout.prompt.uid for rollout in rollouts}),
             response_tokens=response,
-            response_length=response / len(rollouts),
-            finish={reason: count / len(rollouts) for reason, count in sorted(finish.items())},
+            response_length=sum(len(rollout.token_ids) for rollout in written) / len(written),
+            finish={reason: count / len(written) for reason, count in sorted(finish.items())},
             staleness_mean=sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
             staleness_max=max(age for age, _ in ages),
             tokens_per_second={stage: tokens / spent for stage, (tokens, spent) in work.items()},

@@ -10,8 +10,10 @@ from pathlib import Path
 from s2w.config import Config
 from s2w.data.verifier_process import VerifierProcess
 from s2w.errors import ConfigError
+from s2w.job import Job
 from s2w.modes import opens_thinking
 from s2w.observe.progress import Progress
+from s2w.off_policy.batches import Split, split
 from s2w.off_policy.dataset import DROPPED, read_dataset
 from s2w.off_policy.filters import Filtered, apply_filters
 from s2w.off_policy.generate import generate, open_store, teacher_prompts
@@ -19,7 +21,29 @@ from s2w.off_policy.response import Response
 from s2w.off_policy.shards import write_responses
 from s2w.validate import Facts
 
+DIRECTORY = Path("off_policy")
+"""Of the off-policy files, in the run directory."""
 TABLE = "filters.json"
+
+
+class TeacherResponses:
+    """The teacher's responses of a run, collected when they are first asked for: a resumed run may not need them."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._split: Split | None = None
+
+    async def split(self) -> Split:
+        """Those to learn from and the held-out ones.
+
+        Raises:
+            ConfigError: as of :func:`collect` and :func:`~s2w.off_policy.batches.split`.
+        """
+        if self._split is None:
+            job, config = self._job, self._job.config
+            responses = await collect(config, job.facts, job.device, job.directory / DIRECTORY, job.progress)
+            self._split = split(responses, config.off_policy.heldout_responses, config.run.seed)
+        return self._split
 
 
 async def collect(config: Config, facts: Facts, device: str, directory: Path, progress: Progress) -> list[Response]:

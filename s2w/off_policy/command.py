@@ -13,8 +13,7 @@ from s2w.compose import to_yaml
 from s2w.config import Config
 from s2w.errors import ConfigError
 from s2w.observe.progress import Progress
-from s2w.off_policy.collect import collect
-from s2w.off_policy.phase import DIRECTORY
+from s2w.off_policy.collect import DIRECTORY, collect
 from s2w.validate import check, check_generation
 
 INTERRUPTED = 130

@@ -9,13 +9,9 @@ id, log-prob 0 and an empty tail. With ``divergence`` the teacher scores the res
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,73 +26,14 @@ from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
-from s2w.off_policy.collect import collect
+from s2w.off_policy.batches import ResponseStream
+from s2w.off_policy.collect import DIRECTORY, TeacherResponses
 from s2w.off_policy.response import Response
 from s2w.records import OffPolicyHeldout, OffPolicyReport, Rollout, Scored, TeacherSignal
 from s2w.teacher.pool import TeacherPool
 from s2w.teacher.signal import Payload, nbytes
 
-DIRECTORY = Path("off_policy")
-"""Of the phase's files, in the run directory."""
 CHECKPOINTS = DIRECTORY / "checkpoints"
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Responses to learn from, and held-out ones to other prompts."""
-
-    train: list[Response]
-    heldout: list[Response]
-
-
-def split(responses: Sequence[Response], heldout: int, seed: int) -> Split:
-    """Holds out all responses to randomly chosen prompts, until there are ``heldout``; both parts keep the order.
-
-    Raises:
-        ConfigError: nothing would be left to learn from.
-    """
-    prompts = [json.dumps(response.prompt.messages) for response in responses]
-    counts = Counter(prompts)
-    distinct = list(counts)
-    chosen: set[str] = set()
-    held = 0
-    for i in np.random.default_rng(seed).permutation(len(distinct)):
-        if held >= heldout:
-            break
-        chosen.add(distinct[i])
-        held += counts[distinct[i]]
-    pairs = list(zip(responses, prompts, strict=True))
-    train = [response for response, prompt in pairs if prompt not in chosen]
-    if not train:
-        raise ConfigError(
-            f"off_policy.heldout_responses={heldout} leaves none of {len(responses)} responses to learn from: write a "
-            "smaller number, or generate more responses (off_policy.prompts, off_policy.samples_per_prompt)"
-        )
-    return Split(train, [response for response, prompt in pairs if prompt in chosen])
-
-
-class ResponseStream:
-    """Batches by number: every epoch is its own permutation, each response in it once; a batch may span two."""
-
-    def __init__(self, responses: Sequence[Response], size: int, seed: int) -> None:
-        self.responses, self.size, self.seed = responses, size, seed
-        self._order = lru_cache(maxsize=2)(self._permutation)
-
-    def batch(self, step: int) -> list[Response]:
-        """Responses of update ``step``, from 0."""
-        count = len(self.responses)
-        positions = range(step * self.size, (step + 1) * self.size)
-        return [self.responses[self._order(position // count)[position % count]] for position in positions]
-
-    def fingerprint(self) -> str:
-        """Changes with the responses, their order and the seed."""
-        digest = hashlib.sha256(str(self.seed).encode())
-        for response in self.responses:
-            digest.update(f"{response.key} {len(response.token_ids)} ".encode() + response.token_ids.tobytes())
-        return digest.hexdigest()
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.responses))
 
 
 def learner_settings(config: Config) -> Config:
@@ -146,7 +83,7 @@ def certain(rollout: Rollout) -> TeacherSignal:
     )
 
 
-async def run_phase(job: Job, student: Path) -> Path:
+async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses) -> Path:
     """Runs the phase, or what is left of it.
 
     The parts start one after the other, so that they can use the same GPUs: first the engines that generate, then
@@ -154,6 +91,7 @@ async def run_phase(job: Job, student: Path) -> Path:
 
     Args:
         student: directory of the checkpoint to start from.
+        teacher_responses: collected if the phase is not done.
 
     Returns:
         Directory of the phase's last checkpoint: the student that the on-policy phase starts from.
@@ -162,17 +100,17 @@ async def run_phase(job: Job, student: Path) -> Path:
         ConfigError: no responses to learn from, or others than those of the checkpoint to continue from.
     """
     config, facts, device, progress = job.config, job.facts, job.device, job.progress
-    off, directory, checkpoints = config.off_policy, job.directory / DIRECTORY, job.directory / CHECKPOINTS
+    off, checkpoints = config.off_policy, job.directory / CHECKPOINTS
     last = checkpoint.latest(checkpoints) if config.run.resume else None
     state: dict[str, Any] = checkpoint.read_state(last) if last else {"step": 0}
     if last and state["step"] >= off.steps:
         progress.say(f"the off-policy phase is done: {last}")
         return last
-    responses = split(await collect(config, facts, device, directory, progress), off.heldout_responses, config.run.seed)
+    responses = await teacher_responses.split()
     stream = ResponseStream(responses.train, off.responses_per_step, config.run.seed)
     if last:
         if state["data"]["responses"] != stream.fingerprint():
-            raise ConfigError(f"cannot resume: {last} has learned other responses than those in {directory}")
+            raise ConfigError(f"cannot resume: {last} has learned other responses than this run has now")
         progress.say(f"continues after off-policy step {state['step']} from {last}")
 
     settings = learner_settings(config)
