@@ -1,7 +1,8 @@
 """The testbed's teacher: a Qwen3-MoE of 1M parameters, trained on gold responses.
 
-``python -m s2w.testbed.teacher DIR`` trains it, about ten minutes on two cores, and writes a bfloat16 Hugging Face
-checkpoint with its tokenizer.
+``python -m s2w.testbed.teacher DIR`` trains it, in about twelve CPU minutes, and writes a bfloat16 Hugging Face
+checkpoint with its tokenizer. On held-out problems, sampled at temperature 1, it has a pass@1 of 0.955 in think mode
+(400 problems) and 0.30 in no_think mode, where its pass@16 is 0.965 (200 problems).
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(tokenizer: PreTrainedTokenizerFast, steps: int = STEPS, seed: int = 0) -> Qwen3MoeForCausalLM:
-    """Trains the teacher in float32 on fresh problems of the train split; prints the losses every 20 steps."""
+    """Trains the teacher in float32 on fresh problems of the train split; prints the losses every 20 steps.
+
+    A loss is the mean over response tokens, in nats, plus the router's balance loss, 0.02 when the experts share alike.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = Qwen3MoeForCausalLM(teacher_config(tokenizer))
