@@ -3,7 +3,7 @@
     python benchmarks/loop.py --json loop.json
 
 The loop runs first, synchronous (loop.max_staleness=0), and its batches are kept. Then each part does the same batches
-alone, in a fresh process, with nothing of s2w around it:
+alone, in a fresh process, with nothing of s2w around it but the environment variables of its actors:
 
 - generate: vLLM's offline ``LLM.generate`` with the arguments of the rollout engine, the same prompts and seeds,
   log-probs of the sampled tokens, every response forced to the length that it had in the loop;
@@ -42,6 +42,7 @@ from s2w.models.student import materialise_student
 from s2w.observe.timeline import merge, seconds
 from s2w.records import Rollout, Scored
 from s2w.validate import check
+from s2w.vllm_actor import actor_options, prepare_process
 
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest relative difference of the first step's loss, which both sides compute with the same weights."""
@@ -143,8 +144,6 @@ def stages(run: LoopRun) -> dict[str, list[float]]:
 
 def generate(work: Work, directory: Path) -> dict[str, Any]:
     """The rollouts, by vLLM alone; arguments as in s2w/rollout/engine.py."""
-    from s2w.vllm_actor import prepare_process
-
     rollout = work.config.rollout
     prepare_process(work.device, rollout.tensor_parallel, rollout.threads, rollout.kv_cache_gib)
     from vllm import LLM, SamplingParams
@@ -199,7 +198,6 @@ def generate(work: Work, directory: Path) -> dict[str, Any]:
 def score(work: Work, directory: Path) -> dict[str, Any]:
     """The teacher's hidden rows, by vLLM alone; arguments as in s2w/teacher/engine.py."""
     from s2w.teacher.scoring import as_teacher
-    from s2w.vllm_actor import prepare_process
 
     teacher = work.config.teacher
     world = teacher.tensor_parallel * teacher.pipeline_parallel
@@ -216,7 +214,6 @@ def score(work: Work, directory: Path) -> dict[str, Any]:
         runner="pooling",
         pooler_config=PoolerConfig(task="token_embed"),
         hf_overrides=as_teacher,
-        skip_tokenizer_init=True,
         tensor_parallel_size=teacher.tensor_parallel,
         pipeline_parallel_size=teacher.pipeline_parallel,
         enable_expert_parallel=teacher.expert_parallel,
@@ -323,14 +320,14 @@ def learn(work: Work, directory: Path) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Work, Path], dict[str, Any]]] = {"generate": generate, "score": score, "learn": learn}
 
 
-def run_part(part: str, directory: Path) -> dict[str, Any]:
-    """Runs a part in a fresh process.
+def run_part(part: str, device: str, directory: Path) -> dict[str, Any]:
+    """Runs a part in a fresh process, with the environment of the loop's actors.
 
     Raises:
         RuntimeError: it failed; with the end of what it wrote.
     """
     command = [sys.executable, __file__, "--part", part, "--directory", str(directory)]
-    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | actor_options(device, cpus=0, world=1)["runtime_env"]["env_vars"]
     log = directory / f"{part}.log"
     with (
         log.open("w") as errors,
@@ -395,7 +392,7 @@ def measure(config: Config, warmup: int) -> dict[str, Any]:
         Path(directory, "work.pickle").write_bytes(pickle.dumps(work))
         for part in PARTS:
             print(f"bare part: {part}", flush=True)
-            results[part] = run_part(part, Path(directory))
+            results[part] = run_part(part, device, Path(directory))
 
     divergences = {"loop": [line["divergence"] for line in run.metrics], "bare": results["learn"]["losses"]}
     first = {side: values[0] for side, values in divergences.items()}
