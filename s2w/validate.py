@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "cluster.", "run.", "rollout.engines", "rollout.cpus", "rollout.threads", "rollout.kv_cache_gib",
     "teacher.replicas", "teacher.cpus", "teacher.threads", "teacher.kv_cache_gib", "learner.cpus", "learner.threads",
     "loop.steps", "loop.eval_every", "loop.checkpoint_every", "loop.keep_checkpoints",
+    "off_policy.engines", "off_policy.shard_responses", "off_policy.eval_every", "off_policy.checkpoint_every",
 )  # fmt: skip
 """Settings that a resumed run may change: they do not change what is computed. A trailing dot is a whole section."""
 

@@ -122,7 +122,10 @@ async def generate(
     try:
         await pool.start(0, config.cluster.start_timeout_s)
         writer = ShardWriter(store, facts.student.tokenizer, off.shard_responses, len(requests), progress)
-        await write(pool, requests, streams, writer)
+        if config.run.deterministic:
+            await write_in_batches(pool, requests, writer)
+        else:
+            await write(pool, requests, streams, writer)
     finally:
         await pool.shutdown()
 
@@ -186,3 +189,12 @@ async def write(pool: RolloutPool, requests: Sequence[tuple[Prompt, int]], strea
                 group.create_task(answer())
     finally:
         writer.flush()
+
+
+async def write_in_batches(pool: RolloutPool, requests: Sequence[tuple[Prompt, int]], writer: ShardWriter) -> None:
+    """Generates shard by shard, each repeatable bit for bit; slower, since a shard waits for its longest response."""
+    size = writer.shard_responses
+    for start in range(0, len(requests), size):
+        for rollout in await pool.generate_batch(list(requests[start : start + size])):
+            writer.add(rollout)
+    writer.flush()

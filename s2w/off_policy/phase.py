@@ -227,6 +227,8 @@ class OffPolicyPhase:
                 self.recorder.off_policy_step(report)
                 self.progress.off_policy_step(report, self.settings.steps)
                 if self.due(self.settings.eval_every) or self.step == self.settings.steps:
+                    if ahead:
+                        await asyncio.wait([ahead])  # A batch that is scored as a whole is scored alone.
                     await self.evaluate()
                 if self.step == self.settings.steps or self.due(self.settings.checkpoint_every):
                     await self.save()
