@@ -7,12 +7,14 @@ need not give them back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from s2w.config import Config
 from s2w.data.tasks import derive_seed
@@ -35,6 +37,8 @@ from s2w.validate import Facts
 DROPPED = "dropped.parquet"
 """Left out of a directory of Parquet files: what the filters of a generation dropped."""
 
+CHUNK = 1024
+"""Texts tokenised at once."""
 TOKENS = "response_token_ids"
 
 Messages = tuple[dict[str, str], ...]
@@ -57,7 +61,8 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
     prompts: list[Prompt] = []
     texts: list[str] = []
     rendered: list[str] = []
-    own_tokens: list[tuple[list[int] | None, str]] = []
+    finish_reasons: list[str] = []
+    own_tokens: list[np.ndarray | None] = []
     for where, row in _rows(path, vocabulary):
         messages, text = _conversation(where, row)
         if config.data.system_prompt is not None and messages[0]["role"] != "system":
@@ -66,7 +71,8 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
         task, answer = _task(where, row)
         metadata = _metadata(row, messages, answer) if task and task not in VERIFIERS else {}
         rendered.append(render(tokenizer, messages, mode, dict(config.data.chat_template_kwargs)))
-        own_tokens.append((row.get(TOKENS), row.get("finish_reason") or "stop"))
+        finish_reasons.append(row.get("finish_reason") or "stop")
+        own_tokens.append(None if row.get(TOKENS) is None else np.asarray(row[TOKENS], np.int32))
         texts.append(_without_prefix(text, mode, opened))
         uid = f"{path.stem}/{len(prompts)}"
         seed = derive_seed("prompt", config.run.seed, uid)
@@ -75,22 +81,32 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
         raise ConfigError(f"{str(path)!r} holds no responses")
     if not facts.teacher.eos_token_ids:
         raise ConfigError(f"{facts.teacher.reference!r} has no end-of-sequence token to put after the responses")
-    end = facts.teacher.eos_token_ids[0]
-    # Neither has a special token that is not spelt out.
-    prompt_ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    end = np.asarray(facts.teacher.eos_token_ids[:1], np.int32)
+    responses = [
+        ids if finish_reason == "length" else np.concatenate([ids, end])
+        for ids, finish_reason in zip(_encode(tokenizer, texts), finish_reasons, strict=True)
+    ]
     return [
         Response(
-            prompt=Prompt(p.uid, p.messages, np.asarray(given, np.int32), p.mode, p.seed, p.task, p.answer, p.metadata),
+            prompt=replace(prompt, token_ids=given),
             sample=0,
-            token_ids=np.asarray(own or (ids if finish_reason == "length" else [*ids, end]), np.int32),
+            token_ids=ids if own is None else own,
             text=text,
             finish_reason=finish_reason,
         )
-        for p, given, ids, text, (own, finish_reason) in zip(
-            prompts, prompt_ids, response_ids, texts, own_tokens, strict=True
+        for prompt, given, ids, own, text, finish_reason in zip(
+            prompts, _encode(tokenizer, rendered), responses, own_tokens, texts, finish_reasons, strict=True
         )
     ]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 token ids; the texts spell out their special tokens."""
+    encoded: list[np.ndarray] = []
+    for start in range(0, len(texts), CHUNK):
+        batch = tokenizer(list(texts[start : start + CHUNK]), add_special_tokens=False)["input_ids"]
+        encoded += [np.asarray(ids, np.int32) for ids in batch]
+    return encoded
 
 
 def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -104,10 +103,12 @@ class ShardStore:
         found: list[tuple[int, Response]] = []
         columns = ["uid", "mode", "sample", "response", "response_token_ids", "finish_reason"]
         for path in self._paths():
-            for row in pq.read_table(path, columns=columns).to_pylist():
+            table = pq.read_table(path, columns=columns)
+            token_ids = table["response_token_ids"]
+            for number, row in enumerate(table.drop_columns("response_token_ids").to_pylist()):
                 position, prompt = by_key.get((row["uid"], row["mode"]), (-1, None))
                 if prompt is not None and row["sample"] < samples:
-                    ids = np.asarray(row["response_token_ids"], np.int32)
+                    ids = token_ids[number].values.to_numpy()
                     response = Response(prompt, row["sample"], ids, row["response"], row["finish_reason"])
                     found.append((position, response))
         found.sort(key=lambda pair: (pair[0], pair[1].sample))
