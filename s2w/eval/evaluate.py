@@ -22,6 +22,9 @@ from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
 from s2w.rollout.thinking import check_thinking_budget
 
+QUEUE_DEPTH = 2
+"""Requests sent to an engine for each that it can run at once: it never waits for the next one, and Ray, which warns
+of long queues of calls, holds few."""
 Request = tuple[Prompt, int, int | None]
 """A prompt, the number of the sample, and the thinking budget (None: none)."""
 
@@ -143,12 +146,14 @@ async def _sample(run: EvalRun, checkpoint: Checkpoint, length: int, requests: l
         candidates=0,
         stop_token_ids=checkpoint.eos_token_ids,
     )
+    slots = asyncio.Semaphore(QUEUE_DEPTH * config.engines * config.max_sequences)
     done = 0
 
     async def one(prompt: Prompt, sample: int, budget: int | None) -> Rollout:
         nonlocal done
-        # No budget is one that cannot be reached: None would be the pool's own setting.
-        rollout = await pool.generate(prompt, sample, config.max_tokens if budget is None else budget)
+        async with slots:
+            # No budget is one that cannot be reached: None would be the pool's own setting.
+            rollout = await pool.generate(prompt, sample, config.max_tokens if budget is None else budget)
         done += 1
         if sys.stderr.isatty():
             print(f"\r{done}/{len(requests)} responses", end="\n" if done == len(requests) else "", file=sys.stderr)

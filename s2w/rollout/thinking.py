@@ -60,6 +60,6 @@ def check_thinking_budget(
     if budget + inserted >= rollout.max_tokens:
         raise ConfigError(
             f"{setting}={budget} and the {inserted} tokens of rollout.stop_thinking leave no room for an answer in "
-            f"rollout.max_tokens={rollout.max_tokens}: write a smaller budget, at most "
-            f"{max(rollout.max_tokens - inserted - 1, 0)}"
+            f"rollout.max_tokens={rollout.max_tokens}: write a smaller budget, or at least rollout.max_tokens="
+            f"{budget + inserted + 1}"
         )
