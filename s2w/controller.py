@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from s2w.config import LoopConfig
 from s2w.data.prompts import PromptStream
 from s2w.eval.grading import Grader
@@ -80,6 +82,7 @@ class Controller:
         self.position = stream.state_dict()
         self.checkpoints, self.on_batch = checkpoints, on_batch
         self.probe_tolerance, self.probe_ids = probe_tolerance, heldout[0].token_ids
+        self.probed: np.ndarray | None = None
 
     async def run(self) -> None:
         """Does the steps that are left, then saves."""
@@ -165,9 +168,17 @@ class Controller:
             self.rollouts.log_probs(self.probe_ids), self.learner.probe(self.probe_ids)
         )
         probes = [
-            compare(engine, model, name=f"rollout engine {i}", version=self.step, tolerance=self.probe_tolerance)
+            compare(
+                engine,
+                model,
+                self.probed,
+                name=f"rollout engine {i}",
+                version=self.step,
+                tolerance=self.probe_tolerance,
+            )
             for i, engine in enumerate(engines)
         ]
+        self.probed = model
         return swap, max(probes, key=lambda probe: probe.mean)
 
     async def evaluate(self) -> None:

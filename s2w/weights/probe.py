@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
+STALE = 0.1
+"""An engine this much nearer to the old weights than the update moved them has not taken the update."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
     """|log-prob difference| over the probe's tokens, in nats."""
@@ -65,21 +69,42 @@ def model_log_probs(model: PreTrainedModel, token_ids: np.ndarray, chunk_rows: i
     return torch.cat(chunks).cpu().numpy()
 
 
-def compare(engine: np.ndarray, learner: np.ndarray, *, name: str, version: int, tolerance: float) -> ProbeResult:
+def compare(
+    engine: np.ndarray,
+    learner: np.ndarray,
+    previous: np.ndarray | None = None,
+    *,
+    name: str,
+    version: int,
+    tolerance: float,
+) -> ProbeResult:
     """Compares the two, both float32 [n-1].
 
     Args:
+        previous: the learner's log-probs before this update. An update may move them by less than ``tolerance``; an
+            engine that still gives the old ones is found out all the same.
         name: of the engine, for the error's text.
         tolerance: largest allowed mean |difference|, in nats.
 
     Raises:
-        ProbeError: the mean is larger, or not a number.
+        ProbeError: the mean is larger, or not a number, or the engine computes with the previous weights.
     """
-    difference = np.abs(engine.astype(np.float64) - learner)
+    difference = _distance(engine, learner)
     result = ProbeResult(float(difference.mean()), float(difference.max()))
     if not result.mean <= tolerance:
         raise ProbeError(
             f"{name} does not compute with the learner's weights of version {version}: log-probs of the probe differ "
             f"by {result.mean:.4g} nats on average ({result.max:.4g} at most), tolerance {tolerance:.4g}"
         )
+    if previous is not None:
+        moved, behind = float(_distance(learner, previous).mean()), float(_distance(engine, previous).mean())
+        if behind < STALE * moved:
+            raise ProbeError(
+                f"{name} still computes with the weights before version {version}: log-probs of the probe differ by "
+                f"{behind:.4g} nats from the old ones and by {result.mean:.4g} from the new ones"
+            )
     return result
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a.astype(np.float64) - b)
