@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -95,7 +96,10 @@ class LearnerGroup:
             TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``.
             LearnerError: a rank failed to start.
         """
-        from s2w.learner.worker import LearnerRank  # Only here: it imports DeepSpeed, seconds that refusals can spare.
+        # DeepSpeed is imported here to name the actor's class, and only here: a refused run should not wait for it.
+        # It need not look for accelerators in this process; the ranks have a setting of their own.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from s2w.learner.worker import LearnerRank
 
         learner = config.learner
         bundle = {"CPU": learner.cpus} | ({"GPU": learner.gpus} if device == "cuda" else {})
