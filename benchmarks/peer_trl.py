@@ -5,6 +5,7 @@
 Both distil SmolLM2-135M into the same copy of it that keeps 10 layers (configs/experiment/smollm2.yaml): the same
 prompts in the same order through the same chat template, the same number of new tokens, forward KL, learning rate,
 optimizer settings and batch, one after the other on the same cores. s2w runs synchronously (loop.max_staleness=0).
+The learning rate's warm-up is each side's own: transformers starts it at 0, so TRL's first update changes nothing.
 
 TRL runs in an environment of its own, made on first use in ``$S2W_HOME/trl-venv`` unless --trl-python names another.
 Its settings are its fastest on CPU: no activation checkpointing, the whole batch at once, fused AdamW, bfloat16
