@@ -260,7 +260,7 @@ def distributions(model: torch.nn.Module, response: Response | Rollout) -> torch
 
 def token_log_probs(model: torch.nn.Module, response: Response | Rollout) -> torch.Tensor:
     """float32 [n]: log-probs of the response tokens."""
-    ids = torch.from_numpy(response.token_ids).long()
+    ids = torch.from_numpy(response.token_ids.astype(np.int64))
     return distributions(model, response).gather(-1, ids[:, None])[:, 0]
 
 
