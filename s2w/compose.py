@@ -68,6 +68,7 @@ def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] |
         if not directory.is_dir():
             raise ConfigError(f"--config-dir {directory}: there is no such directory")
     program = PROGRAMS[kind]
+    overrides = [_open(override, kind) for override in overrides]
     ConfigStore.instance().store(name=f"s2w_{program.file}", node=kind)
     if directories:
         paths = ",".join(f"file://{directory.resolve()}" for directory in directories)
@@ -86,6 +87,14 @@ def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] |
     return config
 
 
+def _open(override: str, kind: type) -> str:
+    """Lets an override add keys where a setting is a free mapping, as student.overrides is: Hydra wants ``++`` there."""
+    name = override.partition("=")[0]
+    mappings = [setting for setting, default, _ in settings(kind) if isinstance(default, dict)]
+    inside = any(name == mapping or name.startswith(f"{mapping}.") for mapping in mappings)
+    return f"++{override}" if inside else override
+
+
 def to_yaml(config: Config | EvalRun) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -99,6 +108,7 @@ def settings(kind: type = Config) -> list[tuple[str, Any, str]]:
 def help_text(kind: type = Config) -> str:
     """What ``s2w train --help`` or ``s2w eval --help`` prints."""
     program = PROGRAMS[kind]
+    overrides = [_open(override, kind) for override in overrides]
     lines = [f"usage: s2w {program.command} [OVERRIDE ...]", "", "Groups (NAME=CHOICE):"]
     for group in program.groups:
         choices = ", ".join(sorted(path.stem for path in (config_directory() / group).glob("*.yaml")))
