@@ -73,6 +73,7 @@ def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] |
     if directories:
         paths = ",".join(f"file://{directory.resolve()}" for directory in directories)
         overrides = [*overrides, f"hydra.searchpath=[{paths}]"]
+    OmegaConf.register_new_resolver("s2w", lambda path: str(Path(__file__).parent / path), replace=True)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory().resolve()), version_base=None):
