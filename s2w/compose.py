@@ -109,7 +109,6 @@ def settings(kind: type = Config) -> list[tuple[str, Any, str]]:
 def help_text(kind: type = Config) -> str:
     """What ``s2w train --help`` or ``s2w eval --help`` prints."""
     program = PROGRAMS[kind]
-    overrides = [_open(override, kind) for override in overrides]
     lines = [f"usage: s2w {program.command} [OVERRIDE ...]", "", "Groups (NAME=CHOICE):"]
     for group in program.groups:
         choices = ", ".join(sorted(path.stem for path in (config_directory() / group).glob("*.yaml")))

@@ -358,7 +358,7 @@ def test_another_shape_is_refused(world: World, tmp_path: Path) -> None:
 def test_a_rank_that_fails_alone_ends_the_group(world: World) -> None:
     """Last of the file: the ranks are gone afterwards."""
     empty = replace(world.batches[0][0].rollout, token_ids=np.zeros(0, np.int32))
-    with pytest.raises(ValueError, match="has no response tokens"):
+    with pytest.raises(ValueError, match="has no sampled tokens"):
         world.run(world.group.step([Scored(empty, world.batches[0][0].signal)], 0))
     # An id outside the vocabulary is an error in the middle of one rank's forward.
     rollout = replace(world.batches[0][0].rollout, token_ids=np.full(20, VOCAB_SIZE, np.int32))
