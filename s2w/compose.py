@@ -89,7 +89,7 @@ def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] |
 
 
 def _open(override: str, kind: type) -> str:
-    """Lets an override add keys where a setting is a free mapping, as student.overrides is: Hydra wants ``++`` there."""
+    """Lets an override add keys where a setting is a free mapping (student.overrides): Hydra wants ``++`` there."""
     name = override.partition("=")[0]
     mappings = [setting for setting, default, _ in settings(kind) if isinstance(default, dict)]
     inside = any(name == mapping or name.startswith(f"{mapping}.") for mapping in mappings)
