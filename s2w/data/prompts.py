@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -252,6 +252,25 @@ def _file_sources(data: DataConfig) -> tuple[list[_Source], list[_Source]]:
     return train, distinct
 
 
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file, blank lines left out.
+
+    Raises:
+        ConfigError: a line is not a JSON object; the message has its number.
+    """
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{str(file)!r}, line {number}, is not a JSON object")
+            yield row
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL or Parquet file.
 
@@ -265,18 +284,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix == ".jsonl":
-        rows = []
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ConfigError(f"{str(path)!r}, line {number}, is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise ConfigError(f"{str(path)!r}, line {number}, is not a JSON object")
-                rows.append(row)
+        rows = list(json_lines(path))
     else:
         raise ConfigError(f"{str(path)!r} is neither .jsonl nor .parquet")
     if not rows:

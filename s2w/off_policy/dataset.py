@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config import Config
+from s2w.data.prompts import json_lines
 from s2w.data.tasks import derive_seed
 from s2w.data.verifiers import VERIFIERS, check_verifier
 from s2w.errors import ConfigError
@@ -128,7 +129,7 @@ def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 row for batch in pq.ParquetFile(file).iter_batches() for row in batch.to_pylist()
             )
         elif file.suffix == ".jsonl":
-            rows = _json_lines(file)
+            rows = json_lines(file)
         else:
             raise ConfigError(f"off_policy.path={path} is neither .jsonl nor .parquet nor a directory")
         same = file.suffix == ".parquet" and provenance_of(file).get(VOCABULARY) == vocabulary
@@ -136,20 +137,6 @@ def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not same:
                 row.pop(TOKENS, None)
             yield f"{str(file)!r}, row {number}", row
-
-
-def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{str(file)!r}, line {number}, is not a JSON object")
-            yield row
 
 
 def _conversation(where: str, row: dict[str, Any]) -> tuple[Messages, str]:
