@@ -15,6 +15,7 @@ import numpy as np
 from s2w.config import LoopConfig
 from s2w.data.prompts import PromptStream
 from s2w.eval.grading import Grader
+from s2w.eval.heldout import heldout_responses, heldout_samples
 from s2w.eval.report import mode_scores
 from s2w.learner.group import LearnerGroup
 from s2w.observe.progress import Progress
@@ -185,18 +186,25 @@ class Controller:
         """Held-out KL, accuracy and obedience of the current version, on fresh rollouts."""
         samples = await self.finished(self.write_and_score([(prompt, 0) for prompt in self.heldout]))
         rollouts = [sample.rollout for sample in samples]
-        values, graded = await asyncio.gather(
-            self.learner.evaluate(samples, ["forward_kl", "reverse_kl"]), asyncio.to_thread(self.grader.grade, rollouts)
+        sums, graded = await asyncio.gather(
+            self.learner.evaluate_samples(samples, ["forward_kl", "reverse_kl"]),
+            asyncio.to_thread(self.grader.grade, rollouts),
         )
+        tokens = sum(len(rollout.sampled_rows) for rollout in rollouts)
+        forward_kl, reverse_kl = sums.sum(0) / tokens
         result = Heldout(
             version=self.step,
-            forward_kl=values["forward_kl"],
-            reverse_kl=values["reverse_kl"],
-            tokens=sum(len(rollout.sampled_rows) for rollout in rollouts),
+            forward_kl=float(forward_kl),
+            reverse_kl=float(reverse_kl),
+            tokens=tokens,
             response_length=sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
             by_mode=mode_scores(graded),
         )
         self.recorder.heldout(result)
+        self.recorder.heldout_responses(
+            heldout_responses(self.step, rollouts, graded, sums),
+            heldout_samples(self.step, rollouts, graded, self.grader.text),
+        )
         self.progress.heldout(result)
 
     async def save(self) -> None:

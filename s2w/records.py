@@ -136,6 +136,43 @@ class Heldout:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldoutResponse:
+    """One response of a held-out evaluation in figures, as ``heldout_responses.jsonl`` holds it: from these any
+    interval and any paired test can be made again."""
+
+    version: int
+    uid: str
+    """Of the prompt; the same prompts are asked at every version."""
+    mode: Mode
+    tokens: int
+    """Sampled ones, which the KL is over."""
+    forward_kl: float
+    """Mean over its tokens, nats."""
+    reverse_kl: float
+    correct: bool | None
+    """None if the prompt has no verifier."""
+    obedient: bool
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutSample:
+    """One response of a held-out evaluation in full, as ``samples.jsonl`` holds it."""
+
+    version: int
+    uid: str
+    mode: Mode
+    prompt: str
+    """The last user message."""
+    response: str
+    """Without special tokens; think tags stay."""
+    correct: bool | None
+    """None if the prompt has no verifier."""
+    obedient: bool
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One step of the loop, as ``metrics.jsonl`` holds it. KL and entropies are in nats a response token."""
 

@@ -8,7 +8,13 @@ from math import comb
 import numpy as np
 import pytest
 
-from s2w.eval.statistics import bootstrap, pass_at_k
+from s2w.eval.statistics import (
+    bootstrap,
+    bootstrap_token_mean,
+    bootstrap_token_mean_change,
+    pass_at_k,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
@@ -59,3 +65,49 @@ def test_the_seed_repeats_an_interval() -> None:
     assert bootstrap([1.0, 1.0], seed=0) == bootstrap([1.0, 1.0], seed=1)
     with pytest.raises(ValueError, match="no problems"):
         bootstrap([], seed=0)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 12), (3, 10), (20, 20), (155, 400)])
+def test_wilson_ends_are_where_the_score_test_turns(successes: int, trials: int) -> None:
+    """The interval holds the shares that the score test does not reject, found by trying them all."""
+    estimate = wilson(successes, trials)
+    tried = np.linspace(0, 1, 200_001)[1:-1]
+    z = (successes / trials - tried) / np.sqrt(tried * (1 - tried) / trials)
+    kept = tried[np.abs(z) <= 1.959964]
+    assert estimate.value == successes / trials
+    assert (estimate.low, estimate.high) == pytest.approx((kept.min(), kept.max()), abs=1e-5)
+
+
+def test_impossible_shares_are_refused() -> None:
+    for successes, trials in ((0, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no share"):
+            wilson(successes, trials)
+
+
+def responses(seed: int, mean: float) -> tuple[list[float], list[int]]:
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(10, 60, 400)
+    return (mean + draw.normal(0, 0.5, 400)).tolist(), tokens.tolist()
+
+
+def test_token_means_have_the_interval_of_a_ratio_estimate() -> None:
+    values, tokens = responses(0, 2.0)
+    estimate = bootstrap_token_mean(values, tokens, seed=1)
+    mean = sum(v * n for v, n in zip(values, tokens, strict=True)) / sum(tokens)
+    assert estimate.value == pytest.approx(mean, rel=1e-12)
+    # Linearised variance of a ratio of sums (Cochran 1977, section 2.11).
+    residuals = np.asarray(tokens) * (np.asarray(values) - mean)
+    half = 1.96 * np.sqrt((residuals**2).sum()) / sum(tokens)
+    assert (estimate.low, estimate.high) == pytest.approx((mean - half, mean + half), abs=0.08 * half)
+
+
+def test_a_change_is_judged_in_pairs() -> None:
+    values, tokens = responses(0, 2.0)
+    before, after = (values, tokens), ([value - 0.01 for value in values], tokens)
+    change = bootstrap_token_mean_change(before, after, seed=0)
+    # The same response is 0.01 lower each time: the prompts' own spread cancels.
+    assert (change.value, change.low, change.high) == pytest.approx((-0.01, -0.01, -0.01), abs=1e-9)
+    with pytest.raises(ValueError, match="no pairs"):
+        bootstrap_token_mean_change(before, ([1.0], [1]), seed=0)
+    with pytest.raises(ValueError, match="no responses"):
+        bootstrap_token_mean([], [], seed=0)

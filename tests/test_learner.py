@@ -224,6 +224,12 @@ def test_matches_one_process_and_resumes(
 
     # One sample for two ranks: the other rank only keeps in step.
     (value,) = world.run(group.evaluate(batches[0][:1], ["forward_kl"])).values()
+    sums = world.run(group.evaluate_samples(batches[0], ["forward_kl", "reverse_kl"]))
+    assert sums[0, 0] == pytest.approx(value * len(batches[0][0].rollout.sampled_rows), rel=1e-5)
+    # Whichever rank and micro-batch a sample was in.
+    assert world.run(group.evaluate_samples(batches[0][::-1], ["forward_kl", "reverse_kl"])) == pytest.approx(
+        sums[::-1], rel=1e-5
+    )
     assert world.run(group.step(batches[0][:1], 2)).loss == pytest.approx(value, rel=1e-5)
 
 

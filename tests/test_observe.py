@@ -10,7 +10,7 @@ import pytest
 
 from s2w.observe.recorder import Recorder
 from s2w.observe.timeline import Timeline, merge, seconds
-from s2w.records import Heldout
+from s2w.records import Heldout, HeldoutResponse, HeldoutSample
 
 
 def test_merge_is_the_union() -> None:
@@ -44,10 +44,19 @@ def recorder(directory: Path, step: int) -> Recorder:
 
 def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
     first = recorder(tmp_path, 0)
+    timeline = Timeline(tmp_path / "timeline.jsonl")
     for version in (0, 4, 8):
         first.heldout(heldout(version))
+        first.heldout_responses(
+            [HeldoutResponse(version, "a/0", "think", 10, 2.0, 1.0, None, True, False)],
+            [HeldoutSample(version, "a/0", "think", "1 + 1?", "<think>\n2\n</think>", None, True, "stop")],
+        )
+        timeline.add("learn", 0, [(version, version + 1.0)], version)
     first.close()
     assert [result.version for result in recorder(tmp_path, 4).evaluations()] == [0, 4]
+    for name, key in (("heldout_responses", "version"), ("samples", "version"), ("timeline", "step")):
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [line[key] for line in lines] == [0, 4], name
 
 
 @pytest.mark.parametrize("version", [0, 9])

@@ -51,10 +51,13 @@ class Grader:
         """
         return [self._grade(rollout) for rollout in rollouts]
 
+    def text(self, rollout: Rollout) -> str:
+        """The response without special tokens; think tags stay, which in Qwen3 are not special."""
+        return str(self._tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
+
     def _grade(self, rollout: Rollout) -> Graded:
         prompt = rollout.prompt
-        text = str(self._tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
-        response = split_thinking(text, prompt.mode, opened=self._opened and prompt.mode == "think")
+        response = split_thinking(self.text(rollout), prompt.mode, opened=self._opened and prompt.mode == "think")
         correct = None
         if prompt.task:
             self._verifier = self._verifier or VerifierProcess()

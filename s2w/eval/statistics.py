@@ -1,8 +1,9 @@
-"""pass@k and its uncertainty."""
+"""pass@k, means and shares, and their uncertainty."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,13 @@ RESAMPLES = 10_000
 """Bootstrap resamples: the ends of an interval then move by about 1 % of its width from seed to seed."""
 
 
+Z_95 = 1.959963984540054
+"""0.975 quantile of the standard normal distribution."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over problems and the ends of its 95 % interval."""
+    """A mean, such as one over problems, and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -58,10 +63,79 @@ def bootstrap(values: Sequence[float], seed: int) -> Estimate:
     if not len(values):
         raise ValueError("there are no problems to average over")
     array = np.asarray(values, dtype=np.float64)
-    draw = np.random.default_rng(seed)
-    # [resamples, problems] in parts: at once it is 800 MB for 10,000 problems.
-    part = max(1, 1_000_000 // len(array))
-    sizes = [min(part, RESAMPLES - start) for start in range(0, RESAMPLES, part)]
-    means = np.concatenate([array[draw.integers(0, len(array), (size, len(array)))].mean(1) for size in sizes])
+    means = np.concatenate([array[drawn].mean(1) for drawn in _draws(len(array), seed)])
     low, high = np.quantile(means, (0.025, 0.975))
     return Estimate(float(array.mean()), float(low), float(high))
+
+
+def wilson(successes: int, trials: int) -> Estimate:
+    """A share and its 95 % score interval (Wilson 1927), which has a width at 0 and 1 too.
+
+    Raises:
+        ValueError: no trials, or ``successes`` not in 0 to ``trials``.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(f"{successes} of {trials} trials is no share")
+    share, weight = successes / trials, Z_95**2 / trials
+    centre = (share + weight / 2) / (1 + weight)
+    half = Z_95 * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap_token_mean(values: Sequence[float], tokens: Sequence[int], seed: int) -> Estimate:
+    """The mean over all tokens of some responses and its 95 % percentile bootstrap interval.
+
+    Responses are drawn with replacement, not tokens: those of one response are not independent.
+
+    Args:
+        values: mean over the tokens of each response.
+        tokens: how many it has.
+        seed: the same values and seed give the same interval.
+
+    Raises:
+        ValueError: no responses.
+    """
+    return _token_mean_interval([(values, tokens)], seed)
+
+
+def bootstrap_token_mean_change(
+    before: tuple[Sequence[float], Sequence[int]], after: tuple[Sequence[float], Sequence[int]], seed: int
+) -> Estimate:
+    """Token mean of ``after`` minus that of ``before``, with its 95 % interval; prompts are drawn with replacement.
+
+    Args:
+        before, after: as ``values, tokens`` of :func:`bootstrap_token_mean`, both for the same prompts in order.
+
+    Raises:
+        ValueError: no responses, or not as many after as before.
+    """
+    if len(before[0]) != len(after[0]):
+        raise ValueError(f"{len(before[0])} responses before and {len(after[0])} after are no pairs")
+    return _token_mean_interval([after, before], seed)
+
+
+def _token_mean_interval(moments: Sequence[tuple[Sequence[float], Sequence[int]]], seed: int) -> Estimate:
+    """Of the first token mean, less the second where there is one."""
+    if not len(moments[0][0]):
+        raise ValueError("there are no responses to average over")
+    weights = [np.asarray(tokens, np.float64) for _, tokens in moments]
+    sums = [np.asarray(values, np.float64) * weight for (values, _), weight in zip(moments, weights, strict=True)]
+
+    def mean(drawn: np.ndarray) -> np.ndarray:
+        first, *others = [
+            total[drawn].sum(-1) / weight[drawn].sum(-1) for total, weight in zip(sums, weights, strict=True)
+        ]
+        return first - others[0] if others else first
+
+    size = len(sums[0])
+    low, high = np.quantile(np.concatenate([mean(drawn) for drawn in _draws(size, seed)]), (0.025, 0.975))
+    return Estimate(float(mean(np.arange(size))), float(low), float(high))
+
+
+def _draws(size: int, seed: int) -> Iterator[np.ndarray]:
+    """Bootstrap resamples of ``size`` things, as indices [resamples, size] in parts that fit in memory."""
+    draw = np.random.default_rng(seed)
+    # At once it is 800 MB for 10,000 things.
+    part = max(1, 1_000_000 // size)
+    for start in range(0, RESAMPLES, part):
+        yield draw.integers(0, size, (min(part, RESAMPLES - start), size))

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from s2w.config import Config
 from s2w.hardware import resolve_dtype
 from s2w.learner import checkpoint
-from s2w.learner.batching import plan_micro_batches
+from s2w.learner.batching import MicroBatch, plan_micro_batches
 from s2w.learner.divergence import make_divergence
 from s2w.learner.messages import MicroBatchWork, RankSpec, RankStep, StepRefusedError, sequence_length
 from s2w.learner.schedule import learning_rate
@@ -168,7 +168,7 @@ class LearnerGroup:
         """
         began = time.perf_counter()
         rate = learning_rate(self.config.learner, step, self.config.loop.steps)
-        plan = self._share_out(samples)
+        plan = _share_out(samples, self._plan(samples))
         tokens = sum(len(sample.rollout.sampled_rows) for sample in samples)
         reports: list[RankStep] = await self._call("step", [(work, tokens, rate, step) for work in plan])
 
@@ -192,10 +192,19 @@ class LearnerGroup:
         )
 
     async def evaluate(self, samples: Sequence[Scored], divergences: Sequence[str]) -> dict[str, float]:
-        """Means of divergences over the response tokens of ``samples``, in nats, at the temperature of the loss.
+        """Means of divergences over the sampled tokens of all ``samples``; see :meth:`evaluate_samples`."""
+        sums = await self.evaluate_samples(samples, divergences)
+        tokens = sum(len(sample.rollout.sampled_rows) for sample in samples)
+        return {name: math.fsum(column) / tokens for name, column in zip(divergences, sums.T, strict=True)}
+
+    async def evaluate_samples(self, samples: Sequence[Scored], divergences: Sequence[str]) -> np.ndarray:
+        """Divergences summed over the sampled tokens of each sample, in nats, at the temperature of the loss.
 
         With signals ``topk`` and ``ids`` they are those of the coarsened distributions, lower bounds of the exact
         ones; with ``sampled`` only ``reverse_kl`` is known, as an estimate, and the others are NaN.
+
+        Returns:
+            float64 [samples, divergences], in the order of the arguments.
 
         Raises:
             ValueError: unknown divergence, no samples, or one without sampled tokens.
@@ -203,9 +212,12 @@ class LearnerGroup:
         """
         loss = self.config.loss
         named = [(name, make_divergence(name, beta=loss.beta, alpha=loss.alpha)) for name in divergences]
-        results = await self._call("evaluate", [(work, named) for work in self._share_out(samples)])
-        tokens = sum(count for count, _ in results)
-        return {name: math.fsum(sums[name] for _, sums in results) / tokens for name in divergences}
+        plan = self._plan(samples)
+        shares = await self._call("evaluate", [(work, named) for work in _share_out(samples, plan)])
+        order = [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
+        sums = np.empty((len(samples), len(divergences)))
+        sums[order] = np.concatenate(shares)
+        return sums
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-prob of each token but the first, given those before it: float32 [n - 1], in nats."""
@@ -295,16 +307,13 @@ class LearnerGroup:
                 await asyncio.gather(*calls, return_exceptions=True)
                 raise LearnerError(f"{method} failed on learner rank {', '.join(failed)}: {error}") from error
 
-    def _share_out(self, samples: Sequence[Scored]) -> list[list[MicroBatchWork]]:
-        """Each rank's micro-batches."""
+    def _plan(self, samples: Sequence[Scored]) -> list[list[MicroBatch]]:
+        """Which samples are in each rank's micro-batches."""
         for sample in samples:
             if len(sample.rollout.sampled_rows) == 0:
                 raise ValueError(f"rollout {sample.rollout.uid} has no sampled tokens")
         lengths = [sequence_length(sample) for sample in samples]
-        plan = plan_micro_batches(lengths, self.config.learner.tokens_per_micro_batch, len(self.ranks))
-        return [
-            [MicroBatchWork([samples[i] for i in batch.samples], batch.weighted) for batch in rank] for rank in plan
-        ]
+        return plan_micro_batches(lengths, self.config.learner.tokens_per_micro_batch, len(self.ranks))
 
     def _shape(self) -> dict[str, Any]:
         """What DeepSpeed's files depend on."""
@@ -318,6 +327,11 @@ class LearnerGroup:
     def _config_hash(self) -> str:
         parts = {name: asdict(getattr(self.config, name)) for name in ("student", "learner", "loss", "signal")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _share_out(samples: Sequence[Scored], plan: list[list[MicroBatch]]) -> list[list[MicroBatchWork]]:
+    """Each rank's work."""
+    return [[MicroBatchWork([samples[i] for i in batch.samples], batch.weighted) for batch in rank] for rank in plan]
 
 
 def _means(sums: np.ndarray, tokens: int) -> TokenMeans:

@@ -178,18 +178,17 @@ class LearnerRank:
 
     def evaluate(
         self, work: Sequence[MicroBatchWork], divergences: Sequence[tuple[str, Divergence]]
-    ) -> tuple[int, dict[str, float]]:
-        """Sums of divergences over this rank's response tokens, without gradient; collective.
+    ) -> np.ndarray:
+        """Sums of divergences over each sample's sampled tokens, without gradient; collective.
 
         Returns:
-            Response tokens, and for each divergence its sum in nats.
+            float64 [samples, divergences] in nats, samples in the order of the weighted work.
 
         Raises:
             SignalLostError: on all ranks.
         """
         self.engine.eval()
-        count = 0
-        totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name, _ in divergences}
+        sums = [np.zeros((0, len(divergences)))]
         lost: str | None = None
         stream = SignalStream([item.samples if item.weighted else None for item in work])
         with torch.no_grad():
@@ -200,12 +199,11 @@ class LearnerRank:
                     self.engine(tokens)
                     continue
                 teacher = self._teacher_rows(item.samples, signals.tensors)
-                for name, values in self.engine(tokens, teacher, evaluate=divergences).items():
-                    totals[name] += values.double().sum()
-                count += len(tokens.rows)
+                values = self.engine(tokens, teacher, evaluate=divergences)
+                sums.append(sample_sums(item.samples, torch.stack([values[name] for name, _ in divergences])))
         if errors := self._gather_errors(lost):
             raise SignalLostError("; ".join(errors))
-        return count, {name: total.item() for name, total in totals.items()}
+        return np.concatenate(sums)
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-prob of each token but the first, given those before it; collective.

@@ -1,14 +1,15 @@
-"""What a run leaves behind: metrics.jsonl, heldout.jsonl of each phase, TensorBoard, W&B, summary.json."""
+"""What a run leaves behind: metrics.jsonl, heldout.jsonl of each phase, held-out responses, TensorBoard, W&B,
+summary.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from s2w.records import Heldout, OffPolicyHeldout, OffPolicyReport, StepReport
+from s2w.records import Heldout, HeldoutResponse, HeldoutSample, OffPolicyHeldout, OffPolicyReport, StepReport
 
 
 class Recorder:
@@ -38,10 +39,13 @@ class Recorder:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.metrics, self.heldout_lines = directory / "metrics.jsonl", directory / "heldout.jsonl"
+        self.response_lines, self.sample_lines = directory / "heldout_responses.jsonl", directory / "samples.jsonl"
         self.off_policy_heldout_lines = directory / "off_policy" / "heldout.jsonl"
         done = {"on_policy": step, "off_policy": off_policy_step}
         _keep(self.metrics, lambda line: line["step"] <= done[line["phase"]])
-        _keep(self.heldout_lines, lambda line: line["version"] <= step)
+        for path in (self.heldout_lines, self.response_lines, self.sample_lines):
+            _keep(path, lambda line: line["version"] <= step)
+        _keep(directory / "timeline.jsonl", lambda line: line["step"] <= step)
         _keep(self.off_policy_heldout_lines, lambda line: line["step"] <= off_policy_step)
         self._tensorboard, self._first_steps = tensorboard, {name: count + 1 for name, count in done.items()}
         self._writers: dict[str, Any] = {}
@@ -65,6 +69,13 @@ class Recorder:
         line = asdict(result)
         _append(self.heldout_lines, line)
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
+
+    def heldout_responses(self, responses: Iterable[HeldoutResponse], samples: Iterable[HeldoutSample]) -> None:
+        """Adds the responses of one held-out evaluation: all in figures, some in full."""
+        for response in responses:
+            _append(self.response_lines, asdict(response))
+        for sample in samples:
+            _append(self.sample_lines, asdict(sample))
 
     def off_policy_step(self, report: OffPolicyReport) -> None:
         """Adds the line of one step of the off-policy phase."""
