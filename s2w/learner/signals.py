@@ -12,7 +12,7 @@ import ray
 import torch
 
 from s2w.records import Scored
-from s2w.teacher.signal import decode, nbytes
+from s2w.teacher.signal import Payload, decode, nbytes
 
 PREFETCH = 2
 """Micro-batches fetched beside the one that computes."""
@@ -25,33 +25,66 @@ class Fetched:
     tensors: dict[str, torch.Tensor]
     """CPU tensors [N, ...] as :func:`s2w.teacher.signal.decode` names them; empty if fetching failed."""
     nbytes: int
+    seconds: float
+    """What it took to get and join them."""
     error: str | None = None
     """Why the signals could not be had, naming the sample."""
+
+
+class _Unusable(Exception):
+    """A signal is lost or malformed; the message names the sample."""
 
 
 def fetch(samples: Sequence[Scored]) -> Fetched:
     """Gets and joins the signals of a micro-batch; blocks. Never raises for a signal that is lost or malformed:
     the other ranks wait in collectives and must be told in step."""
-    parts: list[dict[str, torch.Tensor]] = []
-    size = 0
-    for sample in samples:
-        uid = sample.rollout.uid
-        try:
-            payload = ray.get(sample.signal.payload)
-        except ray.exceptions.RayError as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            return Fetched({}, size, f"teacher signal of {uid} is lost ({reason})")
-        part = decode(payload)
-        expected = len(sample.rollout.token_ids)
-        if any(len(tensor) != expected for tensor in part.values()):
-            there = {name: len(tensor) for name, tensor in part.items()}
-            return Fetched({}, size, f"teacher signal of {uid} has rows {there} for {expected} response tokens")
-        # Inserted tokens are scored with the rest and not learned from.
-        rows = torch.from_numpy(sample.rollout.sampled_rows)
-        parts.append({name: tensor[rows] for name, tensor in part.items()} if sample.rollout.forced else part)
-        size += nbytes(payload)
+    began = time.perf_counter()
+    try:
+        payloads = _get(samples)
+        parts = [_sampled_rows(sample, payload) for sample, payload in zip(samples, payloads, strict=True)]
+    except _Unusable as error:
+        return Fetched({}, 0, time.perf_counter() - began, str(error))
     # The copy lets go of the object store's memory.
-    return Fetched({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, size)
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Fetched(tensors, sum(map(nbytes, payloads)), time.perf_counter() - began)
+
+
+def _get(samples: Sequence[Scored]) -> list[Payload]:
+    """The payloads, all asked for at once so that those of other nodes travel together."""
+    references = [_reference(sample) for sample in samples]
+    try:
+        return ray.get(references)
+    except ray.exceptions.RayError:
+        # The error does not say whose it is: ask one by one.
+        return [_get_one(sample) for sample in samples]
+
+
+def _get_one(sample: Scored) -> Payload:
+    try:
+        return ray.get(_reference(sample))
+    except ray.exceptions.RayError as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise _Unusable(f"teacher signal of {sample.rollout.uid} is lost ({reason})") from error
+
+
+def _reference(sample: Scored) -> ray.ObjectRef:
+    assert sample.signal is not None
+    return sample.signal.payload
+
+
+def _sampled_rows(sample: Scored, payload: Payload) -> dict[str, torch.Tensor]:
+    """The rows that are learned from; inserted tokens are scored with the rest."""
+    rollout = sample.rollout
+    tensors = decode(payload)
+    if any(len(tensor) != len(rollout.token_ids) for tensor in tensors.values()):
+        there = {name: len(tensor) for name, tensor in tensors.items()}
+        raise _Unusable(
+            f"teacher signal of {rollout.uid} has rows {there} for {len(rollout.token_ids)} response tokens"
+        )
+    if not rollout.forced:
+        return tensors
+    rows = torch.from_numpy(rollout.sampled_rows)
+    return {name: tensor[rows] for name, tensor in tensors.items()}
 
 
 class SignalStream:
@@ -59,13 +92,14 @@ class SignalStream:
 
     Attributes:
         waited: seconds that the consumer stood still for a signal.
+        fetched: seconds that the background thread took to get and join them.
         nbytes: bytes of all signals so far.
     """
 
     def __init__(self, batches: Sequence[Sequence[Scored] | None]) -> None:
         """``batches``: samples of each micro-batch; None where no signal is needed (yields None)."""
         self.batches = batches
-        self.waited = 0.0
+        self.waited = self.fetched = 0.0
         self.nbytes = 0
 
     def __iter__(self) -> Iterator[Fetched | None]:
@@ -82,6 +116,7 @@ class SignalStream:
                 started = time.perf_counter()
                 fetched = future.result()
                 self.waited += time.perf_counter() - started
+                self.fetched += fetched.seconds
                 self.nbytes += fetched.nbytes
                 del future
                 yield fetched

@@ -14,7 +14,7 @@ import ray
 from s2w.config import TeacherConfig
 from s2w.records import Rollout, SignalKind, TeacherSignal
 from s2w.teacher.scoring import PREFIX, as_teacher
-from s2w.teacher.signal import SignalRequest, check_finite, encode, nbytes
+from s2w.teacher.signal import HiddenDtype, Payload, SignalRequest, check_finite, encode, nbytes
 from s2w.vllm_actor import prepare_process
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class _Job:
 
     rollout: Rollout
     kind: SignalKind
+    dtype: HiddenDtype
     candidates: np.ndarray | None
     """int32 [rows, k]: ids whose log-probs are wanted."""
     input_ids: list[int]
@@ -195,7 +196,7 @@ class TeacherEngine:
         # By default vLLM keeps token_embed requests away from the prefix cache.
         params = PoolingParams(task="token_embed", skip_reading_prefix_cache=False, extra_kwargs=wanted)
         # No row is wanted after the last token, so it is not computed.
-        return _Job(rollout, request.kind, candidates, input_ids[:-1].tolist(), params)
+        return _Job(rollout, request.kind, request.dtype, candidates, input_ids[:-1].tolist(), params)
 
     def _check_ids(self, ids: np.ndarray, rollout: Rollout, what: str) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
@@ -234,17 +235,25 @@ class TeacherEngine:
             self._running -= 1
             if not self._running:
                 self._totals["busy_s"] += time.perf_counter() - self._busy_since
-        return self._store(job, output)
+        return await self._store(job, output)
 
-    def _store(self, job: _Job, output: PoolingRequestOutput) -> TeacherSignal:
+    async def _store(self, job: _Job, output: PoolingRequestOutput) -> TeacherSignal:
         uid, rows = job.rollout.uid, len(job.rollout.token_ids)
         if output.error is not None:
             raise RuntimeError(f"{uid}: teacher {self._index}: {output.error}")
         data = output.outputs.data
         if len(data) != rows:
             raise RuntimeError(f"{uid}: teacher {self._index} returned {len(data)} rows for {rows} response tokens")
-        payload = encode(job.kind, data, job.candidates)
-        check_finite(payload, uid)
+
+        def put() -> tuple[Payload, ray.ObjectRef]:
+            payload = encode(job.kind, data, job.candidates, job.dtype)
+            check_finite(payload, uid)
+            return payload, ray.put(payload)
+
+        # A long response is 100 MB of hidden rows: the event loop serves the other requests meanwhile.
+        began = time.perf_counter()
+        payload, reference = await asyncio.to_thread(put)
+        put_seconds = time.perf_counter() - began
         size = nbytes(payload)
         self._totals["rollouts"] += 1
         self._totals["rows"] += rows
@@ -254,10 +263,11 @@ class TeacherEngine:
         return TeacherSignal(
             kind=job.kind,
             rows=rows,
-            payload=ray.put(payload),
+            payload=reference,
             nbytes=size,
             teacher=self._index,
             started=job.started,
             finished=time.time(),
             cached_tokens=output.num_cached_tokens,
+            put_seconds=put_seconds,
         )

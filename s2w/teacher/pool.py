@@ -94,7 +94,7 @@ class TeacherPool:
         max_model_len: int,
     ) -> None:
         self._config = config
-        self._request = SignalRequest(signal.kind.value, signal.top_k, temperature)
+        self._request = SignalRequest(signal.kind.value, signal.top_k, temperature, signal.dtype.value)
         self._arguments = (device, dtype, max_model_len)
         self._device = device
         self._dispatcher = Dispatcher(config.replicas)

@@ -7,6 +7,7 @@ tokens before it: n rows for a response of n tokens. Its payload is a dict of nu
 kind      arrays                                                                              bytes a row
 ========  ==================================================================================  =============
 hidden    ``hidden`` [n, d] in the teacher's dtype (bfloat16 as an int16 view), ``dtype``     2 d (4 d fp32)
+..        in float8 (e4m3, a uint8 view), with ``scale`` float32 [n]                          d + 4
 topk      ``ids`` int32 [n, k], ``log_probs`` float32 [n, k], ``log_tail`` float32 [n]        8 k + 4
 ids       the same, at the student's ids, in the student's order                              8 k + 4
 sampled   ``log_probs`` float32 [n]                                                           4
@@ -14,14 +15,15 @@ sampled   ``log_probs`` float32 [n]                                             
 
 Log-probs are in nats, normalised over the whole vocabulary at the requested temperature, never renormalised
 over the ids that are sent and never clamped. ``log_tail`` is the log of the exact mass of all other ids, -inf
-where there is none. Hidden rows are taken after the final norm, before the head: no temperature in them.
+where there is none. Hidden rows are taken after the final norm, before the head: no temperature in them. A float8
+row is to be multiplied with its scale, which makes its largest element the largest of the format, 448.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,7 +33,19 @@ from s2w.records import SignalKind
 Payload = dict[str, Any]
 """Numpy arrays by name; kind ``hidden`` adds the string ``dtype``."""
 
-_HIDDEN_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HiddenDtype = Literal["auto", "bfloat16", "float8"]
+"""How hidden rows travel; ``auto``: in the teacher's own dtype."""
+
+_FLOAT8 = torch.float8_e4m3fn
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float8_e4m3fn": _FLOAT8,
+}
+"""Of hidden rows, by the name in their payload."""
+_VIEWS = {torch.bfloat16: torch.int16, _FLOAT8: torch.uint8}
+"""Integers that stand for the dtypes that numpy has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +57,8 @@ class SignalRequest:
     """Ids a row: kind ``topk`` only (``ids`` takes as many as the student sends)."""
     temperature: float = 1.0
     """The teacher's logits are divided by it (topk, ids and sampled)."""
+    dtype: HiddenDtype = "auto"
+    """Of hidden rows."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SignalKind):
@@ -54,32 +70,30 @@ class SignalRequest:
 
 
 def bytes_per_row(kind: SignalKind, *, top_k: int = 0, hidden_size: int = 0, dtype: str = "bfloat16") -> int:
-    """Payload bytes of one response token; ``hidden_size`` and ``dtype`` matter for kind ``hidden`` only."""
+    """Payload bytes of one response token; ``hidden_size`` and ``dtype`` (a payload's) matter for ``hidden`` only."""
     match kind:
         case "hidden":
-            return hidden_size * _HIDDEN_DTYPES[dtype].itemsize
+            return hidden_size * _DTYPES[dtype].itemsize + (4 if _DTYPES[dtype] == _FLOAT8 else 0)
         case "topk" | "ids":
             return 8 * top_k + 4
         case "sampled":
             return 4
 
 
-def encode(kind: SignalKind, rows: torch.Tensor, candidates: np.ndarray | None = None) -> Payload:
+def encode(
+    kind: SignalKind, rows: torch.Tensor, candidates: np.ndarray | None = None, dtype: HiddenDtype = "auto"
+) -> Payload:
     """Turns the pooler's CPU tensor (layout: :mod:`s2w.teacher.pooler`) into a payload.
 
     Args:
         kind: Kind of signal that ``rows`` holds.
         rows: [n, width].
         candidates: int32 [n, k], the ids that were asked for (kind ``ids`` only).
+        dtype: How hidden rows travel.
     """
     match kind:
         case "hidden":
-            name = str(rows.dtype).removeprefix("torch.")
-            if name not in _HIDDEN_DTYPES:
-                raise ValueError(f"hidden rows in {name} have no wire form")
-            # numpy has no bfloat16.
-            array = rows.view(torch.int16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
-            return {"hidden": array, "dtype": name}
+            return _hidden(rows, dtype)
         case "topk":
             top_k = (rows.shape[1] - 1) // 2
             values = rows[:, top_k:].view(torch.float32)
@@ -104,9 +118,16 @@ def decode(payload: Payload) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors[name] = torch.from_numpy(array)
-    if payload.get("dtype") == "bfloat16":
-        tensors["hidden"] = tensors["hidden"].view(torch.bfloat16)
+    if "hidden" in tensors:
+        tensors["hidden"] = tensors["hidden"].view(_DTYPES[payload["dtype"]])
     return tensors
+
+
+def hidden_rows(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Hidden rows [n, d] in ``dtype`` from decoded tensors, float8 ones multiplied with their scales."""
+    if "scale" not in tensors:
+        return tensors["hidden"].to(dtype)
+    return (tensors["hidden"].float() * tensors["scale"][:, None]).to(dtype)
 
 
 def nbytes(payload: Payload) -> int:
@@ -120,6 +141,8 @@ def check_finite(payload: Payload, uid: str) -> None:
     ``log_tail`` may be -inf: the ids that were sent can hold all of the mass.
     """
     for name, tensor in decode(payload).items():
+        if tensor.dtype == _FLOAT8:
+            continue  # its scale is NaN or infinite where the row was
         finite = torch.isfinite(tensor)
         if name == "log_tail":
             finite |= tensor == -torch.inf
@@ -128,6 +151,20 @@ def check_finite(payload: Payload, uid: str) -> None:
             raise FloatingPointError(
                 f"teacher signal of {uid}: {name} is not finite in {len(bad)} of {len(finite)} rows, first {bad[0]}"
             )
+
+
+def _hidden(rows: torch.Tensor, dtype: HiddenDtype) -> Payload:
+    if str(rows.dtype).removeprefix("torch.") not in _DTYPES:
+        raise ValueError(f"hidden rows in {rows.dtype} have no wire form")
+    scales: Payload = {}
+    if dtype == "bfloat16":
+        rows = rows.bfloat16()
+    elif dtype == "float8":
+        rows = rows.float()
+        scale = (rows.abs().amax(-1) / torch.finfo(_FLOAT8).max).clamp_min_(torch.finfo(torch.float32).tiny)
+        rows, scales = (rows / scale[:, None]).to(_FLOAT8), {"scale": scale.numpy()}
+    name = str(rows.dtype).removeprefix("torch.")
+    return {"hidden": rows.view(_VIEWS.get(rows.dtype, rows.dtype)).numpy(), **scales, "dtype": name}
 
 
 def _log_probs(values: torch.Tensor) -> Payload:
