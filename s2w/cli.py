@@ -23,6 +23,9 @@ usage:
   s2w eval model=MODEL [OVERRIDE ...] [--json FILE]
                              pass@1, pass@k, obedience and length of a checkpoint, by mode
   s2w eval --help            every setting of it
+  s2w report RUN [--output DIR]
+                             one page about a run directory, finished or not: figures, before and after, samples,
+                             where the time went; it goes to RUN/report
   s2w --help                 this text
 
 OVERRIDE is Hydra's: a group (experiment=smollm2, teacher=qwen3_32b) or a setting (rollout.engines=2).
@@ -33,6 +36,7 @@ examples:
   s2w train experiment=smollm2 rollout.engines=2
   s2w train teacher.model=Qwen/Qwen3-32B student.model=Qwen/Qwen3-4B data.path=prompts.jsonl
   s2w eval model=Qwen/Qwen3-4B eval=math500 eval.samples=16 eval.k=[1,4,16] --json math500.json
+  s2w report runs/smollm2-20260101-120000
 """
 
 
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     command, *rest = arguments
-    commands = {"train": _train, "generate": _generate, "eval": _eval}
+    commands = {"train": _train, "generate": _generate, "eval": _eval, "report": _report}
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command}: the commands are {', '.join(commands)}")
@@ -78,12 +82,7 @@ def _generate(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     from s2w.config import EvalRun
 
-    output = None
-    if "--json" in arguments:
-        at = arguments.index("--json")
-        output, arguments = "".join(arguments[at + 1 : at + 2]), arguments[:at] + arguments[at + 2 :]
-        if not output:
-            raise ConfigError("--json needs the name of a file")
+    output, arguments = _option(arguments, "--json", "a file")
     run = _configuration(EvalRun, arguments)
     if run is None:
         return 0
@@ -93,6 +92,27 @@ def _eval(arguments: list[str]) -> int:
 
     evaluate(run)
     return 0
+
+
+def _report(arguments: list[str]) -> int:
+    output, runs = _option(arguments, "--output", "a directory")
+    if len(runs) != 1 or runs[0].startswith("-"):
+        raise ConfigError("s2w report needs one run directory, and takes --output DIR")
+    from s2w.report.page import write_report
+
+    print(write_report(Path(runs[0]), Path(output) if output else None))
+    return 0
+
+
+def _option(arguments: list[str], name: str, what: str) -> tuple[str | None, list[str]]:
+    """The value behind an option, None if it is not there, and the other arguments."""
+    if name not in arguments:
+        return None, arguments
+    at = arguments.index(name)
+    value = "".join(arguments[at + 1 : at + 2])
+    if not value:
+        raise ConfigError(f"{name} needs the name of {what}")
+    return value, arguments[:at] + arguments[at + 2 :]
 
 
 def _configuration(kind: type[Root], arguments: list[str]) -> Root | None:

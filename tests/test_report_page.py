@@ -1,0 +1,118 @@
+"""The report in a real browser: no script error, and everything that a person should see is there."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_run import SAMPLES, write_run
+
+from s2w.off_policy.filters import FILTERS
+from s2w.report.page import write_report
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=5000",
+    "--dump-dom",
+)
+PICTURES = ("kl", "quality", "lanes", "speed", "off_policy", "on_policy")
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const all = selector => [...document.querySelectorAll(selector)];
+  const lanes = document.querySelector("#lanes img");
+  const map = JSON.parse(document.getElementById("hover").textContent).lanes;
+  const [lane] = map.lanes, [step, start, stop] = lane.work[0];
+  const x = map.left + (start + stop) / 2 / map.seconds * (map.right - map.left), y = (lane.top + lane.bottom) / 2;
+  const at = lanes.getBoundingClientRect();
+  lanes.dispatchEvent(new MouseEvent("mousemove", {
+    clientX: at.left + x * at.width, clientY: at.top + y * at.height, bubbles: true,
+  }));
+  const found = {
+    figures: Object.fromEntries(all("figure").map(figure => {
+      const image = figure.querySelector("img");
+      return [figure.id, [image.naturalWidth, image.clientWidth]];
+    })),
+    hint: document.getElementById("hint").textContent,
+    pairs: all(".mode").map(mode => [mode.dataset.mode, [...mode.querySelectorAll(".sample")].map(
+      sample => ["before", "after"].map(side => sample.querySelector(`.${side} pre`).textContent))]),
+    filters: all("#filters .filter").map(row => [...row.cells].map(cell => cell.textContent)),
+    comparison: all("#comparison tr").map(row => [...row.cells].map(cell => cell.textContent)),
+    busy: all("#busy tr").map(row => row.cells[0].textContent),
+    verdict: all("#verdict li").map(line => line.className),
+    wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+    requests: performance.getEntriesByType("resource").map(entry => entry.name).filter(url => !url.startsWith("data:")),
+  };
+  document.getElementById("unfold").click();
+  found.unfolded = document.body.classList.contains("open");
+  document.body.dataset.found = JSON.stringify(found);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian and Ubuntu: apt-get install chromium)")
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    found = browse(write_report(tmp_path / "run", None), tmp_path)
+
+    assert found["figures"].keys() == set(PICTURES)
+    for name, (natural, shown) in found["figures"].items():
+        assert natural > 0 and shown > 0, name
+        assert (tmp_path / "run" / "report" / f"{name}.png").stat().st_size > 0
+    assert found["hint"].startswith("rollout engine 0, step 9, 4.00 s")
+    assert found["unfolded"] and not found["wide"] and not found["requests"]
+
+    assert found["verdict"] == ["better", "better", "better", "unclear"]
+    head, *rows = found["comparison"]
+    assert [cell for cell in head if "version" in cell] == ["version 0", "version 12"]
+    first = rows[0]
+    assert first[:2] == ["forward KL, nats a token", "all"]
+    for cell in first[2:]:
+        assert re.fullmatch(r"[+-]?\d\.\d{4} \[[+-]?\d\.\d{4}, [+-]?\d\.\d{4}\]", cell), cell
+    assert found["busy"][1:] == ["rollout engine 0", "rollout engine 1", "teacher 0", "learner", "swap"]
+
+    assert [mode for mode, _ in found["pairs"]] == ["think", "no_think"]
+    for mode, pairs in found["pairs"]:
+        assert len(pairs) == SAMPLES
+        for before, after in pairs:
+            # As written, markup and think tags too.
+            assert "The answer is 0. <script>" in before and "The answer is 12. <script>" in after
+            assert before.startswith("<think>") == (mode == "think")
+    assert found["filters"] == [
+        [f"– {name}", *{"truncated": ("7", "14.0 %"), "wrong": ("3", "6.0 %")}.get(name, ("0", "0.0 %"))]
+        for name in FILTERS
+    ]
+
+
+def browse(page: Path, tmp_path: Path) -> dict[str, Any]:
+    """What :data:`PROBE` finds on the page.
+
+    Fails on a message in the browser's console.
+    """
+    assert CHROMIUM is not None
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", probed.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    assert not console, console
+    [found] = re.findall(r'data-found="([^"]*)"', result.stdout)
+    return json.loads(html.unescape(found))
