@@ -27,6 +27,17 @@ class SignalKind(StrEnum):
     """The teacher's log-prob of the sampled token: reverse KL by policy gradient."""
 
 
+class SignalDtype(StrEnum):
+    """How hidden rows travel from the teacher to the learner."""
+
+    auto = "auto"
+    """In the teacher's own dtype."""
+    bfloat16 = "bfloat16"
+    """2 bytes a number."""
+    float8 = "float8"
+    """e4m3 with a float32 scale a row: half of bfloat16; docs/signals.md has the error in nats."""
+
+
 class Mode(StrEnum):
     """Whether a response thinks before it answers."""
 
@@ -54,14 +65,30 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
-class OffPolicyLoss(StrEnum):
-    """What the student learns from the teacher's responses."""
+class Preflight(StrEnum):
+    """The self-test of a run before its first step; see s2w/preflight.py."""
 
-    cross_entropy = "cross_entropy"
-    """Their tokens: the log-loss of each, as in supervised fine-tuning."""
+    none = "none"
     divergence = "divergence"
-    """The teacher's distribution at each of their tokens: loss.divergence with the signal of signal.kind (hidden or
-    topk); GKD (arXiv 2306.13649) with lambda = 0."""
+    """The learner ranks load the teacher as their student, and its divergence through the run's own engines and wire
+    must vanish. They need room for it, at the run's ZeRO stage."""
+    log_probs = "log_probs"
+    """For teachers that the ranks cannot hold: what the learner decodes from the signals against the log-probs of the
+    teacher in a vLLM engine that generates, which starts and ends before the others."""
+
+
+class Objective(StrEnum):
+    """What a phase minimises."""
+
+    divergence = "divergence"
+    """loss.divergence between the teacher's distribution and the student's at each response token. On-policy with
+    reward.weight above 0: also the loss of grpo, that many times (KDRL, arXiv 2506.02208). Off-policy: GKD (arXiv
+    2306.13649) with lambda = 0, signal.kind hidden or topk."""
+    grpo = "grpo"
+    """On-policy only: the policy gradient of the verified reward alone (GRPO, arXiv 2402.03300), as a baseline; the
+    teacher then scores the held-out evaluation only."""
+    cross_entropy = "cross_entropy"
+    """Off-policy only: the log-loss of the response's tokens, as in supervised fine-tuning."""
 
 
 @dataclass
@@ -114,6 +141,9 @@ class StudentConfig:
     """init=pruned: layers kept, evenly spaced, the first and the last among them."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """init=fresh: fields of the model's configuration to change, as {num_hidden_layers: 4}."""
+    thinking_switch: bool = False
+    """Give a chat template that knows no thinking Qwen3's enable_thinking: False puts an empty think block before the
+    answer. The student's checkpoints carry the new template."""
 
 
 @dataclass
@@ -207,12 +237,19 @@ class SignalConfig:
     """hidden, topk, ids or sampled."""
     top_k: int = 64
     """Ids a token, for topk and ids."""
+    dtype: SignalDtype = SignalDtype.auto
+    """kind=hidden: auto, bfloat16 or float8."""
+    bias_every: int = 0
+    """kind=hidden: every so many steps, measure on one micro-batch of each rank what topk, ids and sampled would have
+    said instead (metrics.jsonl, `s2w signals RUN`); 0 never."""
 
 
 @dataclass
 class LossConfig:
-    """The divergence that the student minimises."""
+    """What the student minimises."""
 
+    objective: Objective = Objective.divergence
+    """What the on-policy phase minimises: divergence or grpo."""
     divergence: str = "forward_kl"
     """A name of s2w.learner.divergence: forward_kl, reverse_kl, jsd, ..."""
     beta: float = 0.5
@@ -228,6 +265,26 @@ class LossConfig:
 
 
 @dataclass
+class RewardConfig:
+    """The verified reward of a response: 1 if the verifier of its prompt's task scores the answer 1, else 0.
+
+    Its policy gradient is GRPO's (arXiv 2402.03300, eq. 3, outcome supervision), without a reference model: the
+    advantage of a response is its reward less the mean of the responses to the same prompt (loop.samples_per_prompt of
+    them), and every token of the step has the same weight.
+    """
+
+    weight: float = 0.0
+    """loss.objective=divergence: weight of GRPO's loss beside the divergence (the joint objective of KDRL, arXiv
+    2506.02208), so that the student can pass its teacher; 0 leaves it out."""
+    normalize: bool = True
+    """Divide the advantages of a prompt by their standard deviation (GRPO; false as in Dr. GRPO, arXiv 2503.20783)."""
+    clip_low: float = 0.2
+    """Lower clipping of the importance ratio (PPO's epsilon); of effect only on stale tokens."""
+    clip_high: float = 0.2
+    """Upper clipping of the importance ratio."""
+
+
+@dataclass
 class LoopConfig:
     """The loop: generate, score, update, hot swap."""
 
@@ -240,6 +297,11 @@ class LoopConfig:
     off_policy_fraction: float = 0.0
     """Share of a batch's prompts whose responses are the teacher's, out of the off-policy set, instead of the
     student's: 1 - lambda of GKD (arXiv 2306.13649, algorithm 1). They are scored and learned like the others."""
+    unreliable_weight: float = 1.0
+    """Below 1, responses where the teacher is known to be wrong teach less: the divergence at their tokens weighs
+    u + (1 - u) r, where u is this number and r the share of the teacher's own answers to the prompt, in the off-policy
+    set, that were verified. (That a teacher's samples may all be wrong on a prompt, and what then: arXiv 2605.09725.)
+    Prompts that the teacher did not answer weigh 1."""
     max_staleness: int = 0
     """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
     written by the weights that learn from it. n: generation runs up to n batches ahead."""
@@ -282,8 +344,8 @@ class OffPolicyConfig:
 
     steps: int = 0
     """Updates of the student in this phase; 0 leaves the phase out. They may run over the responses several times."""
-    loss: OffPolicyLoss = OffPolicyLoss.cross_entropy
-    """What is learned from each response."""
+    loss: Objective = Objective.cross_entropy
+    """What is learned from each response: cross_entropy or divergence."""
     path: str | None = None
     """Ready responses instead of generated ones: a JSONL or Parquet file, or a directory of Parquet files, with the
     columns `messages` (the last one the assistant's), or `prompt` and `response`; also `mode`, `task`, `answer`."""
@@ -341,6 +403,13 @@ class DataConfig:
     modes: list[Mode] = field(default_factory=list)
     """Modes of the prompts that do not say their own, in equal parts: think, no_think; empty means all that the chat
     template can ask for."""
+    task_modes: dict[str, Any] = field(default_factory=dict)
+    """Modes of single tasks, by name: {chain_sum: [no_think]}; the others have those of `modes`."""
+    think_ratio: float | None = None
+    """Share of on-policy training prompts in think mode, among those that may be in either; each prompt's mode is then
+    drawn anew for every batch. null: a prompt keeps its mode, in equal parts."""
+    think_ratio_end: float | None = None
+    """The same at the last step: the share moves there from think_ratio linearly; null keeps it."""
     max_prompt_tokens: int = 1024
     """A longer prompt is refused."""
     system_prompt: str | None = None
@@ -383,9 +452,11 @@ class RunConfig:
     """Log to Weights & Biases too (pip install 's2w[wandb]')."""
     wandb_project: str = "s2w"
     """The W&B project."""
+    preflight: Preflight = Preflight.none
+    """Fail at the start if the learner does not see what the teacher says: none, divergence or log_probs."""
     probe_tolerance: float | None = None
     """Mean |log-prob difference| between engine and learner, in nats, above which a swap fails the run; null is
-    0.001 where both run in float32 and 0.05 otherwise."""
+    0.001 where both run in float32 and 0.25 otherwise."""
 
 
 @dataclass
@@ -446,11 +517,16 @@ class Config:
     """The whole configuration of `s2w train`."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Further teachers that score, by a name of your choice: {solver: {model: PATH, modes: [think], tasks: [TASK]}}. A
+    response is scored by the first whose modes and tasks (either may be left out) include its prompt's, else by
+    `teacher`, whose settings they also have where they give none. The off-policy responses are `teacher`'s."""
     student: StudentConfig = field(default_factory=StudentConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     signal: SignalConfig = field(default_factory=SignalConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from s2w.config import LoopConfig
+from s2w.credit import Credit
 from s2w.data.prompts import PromptStream
-from s2w.eval.grading import Grader
+from s2w.eval.grading import Graded, Grader
 from s2w.eval.heldout import heldout_responses, heldout_samples
 from s2w.eval.report import mode_scores
 from s2w.learner.group import LearnerGroup
@@ -24,7 +25,7 @@ from s2w.observe.step_report import StepReporter
 from s2w.off_policy.batches import ResponseStream
 from s2w.records import Heldout, Prompt, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
-from s2w.teacher.pool import TeacherPool
+from s2w.teacher.routing import Teachers
 from s2w.weights.probe import ProbeResult, compare
 from s2w.weights.publish import SwapReport, publish
 
@@ -33,7 +34,7 @@ from s2w.weights.publish import SwapReport, publish
 class Batch:
     """A batch under way, and where the prompt stream stands once it is learned."""
 
-    samples: asyncio.Task[list[Scored]]
+    samples: asyncio.Task[tuple[list[Scored], list[Graded]]]
     position: dict[str, Any]
 
 
@@ -50,6 +51,8 @@ class Controller:
         stream: training prompts, standing where the run begins.
         teacher_responses: the teacher's part of each batch; None if there is none.
         heldout: prompts of the held-out evaluation.
+        credit: what each sample counts for.
+        scored: the teachers score training batches, not only the held-out evaluation.
         step: updates that the learner's weights have already had (resume).
         checkpoints: directory of the checkpoints.
         on_batch: called with every batch once it is scored, the held-out ones too.
@@ -64,9 +67,11 @@ class Controller:
         teacher_responses: ResponseStream | None,
         heldout: list[Prompt],
         rollouts: RolloutPool,
-        teachers: TeacherPool,
+        teachers: Teachers,
         learner: LearnerGroup,
         grader: Grader,
+        credit: Credit,
+        scored: bool,
         recorder: Recorder,
         progress: Progress,
         reporter: StepReporter,
@@ -78,12 +83,14 @@ class Controller:
         self.loop, self.deterministic = loop, deterministic
         self.stream, self.teacher_responses, self.heldout = stream, teacher_responses, heldout
         self.rollouts, self.teachers, self.learner, self.grader = rollouts, teachers, learner, grader
+        self.credit, self.scored = credit, scored
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
         self.step = self.saved = step
         self.position = stream.state_dict()
         self.checkpoints, self.on_batch = checkpoints, on_batch
         self.probe_tolerance, self.probe_ids = probe_tolerance, heldout[0].token_ids
         self.probed: np.ndarray | None = None
+        self.grading = asyncio.Lock()
 
     async def run(self) -> None:
         """Does the steps that are left, then saves."""
@@ -97,13 +104,13 @@ class Controller:
                 while len(ahead) <= self.loop.max_staleness and self.step + len(ahead) < self.loop.steps:
                     ahead.append(self.launch(self.step + len(ahead)))
                 batch = ahead.popleft()
-                samples = await self.finished(batch.samples)
+                samples, graded = await batch.samples
                 learning = time.time()
                 update = await self.learner.step(samples, self.step)
                 self.step, self.position = self.step + 1, batch.position
                 swapping = time.time()
                 swap, probe = await self.swap()
-                report = self.reporter.finish(self.step, samples, update, swap, probe, learning, swapping)
+                report = self.reporter.finish(self.step, samples, graded, update, swap, probe, learning, swapping)
                 self.recorder.step(report)
                 self.progress.step(report)
                 if self.due(self.loop.eval_every) or self.step == self.loop.steps:
@@ -124,14 +131,29 @@ class Controller:
         given = self.teacher_responses.batch(number) if self.teacher_responses else []
         prompts = self.stream.next_batch()
         requests = [(prompt, sample) for prompt in prompts for sample in range(self.loop.samples_per_prompt)]
-        samples = self.write_and_score(requests, [response.as_rollout() for response in given])
+        samples = self.credited(requests, [response.as_rollout() for response in given])
         return Batch(asyncio.create_task(samples), self.stream.state_dict())
 
-    async def write_and_score(self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout] = ()) -> list[Scored]:
+    async def credited(
+        self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout]
+    ) -> tuple[list[Scored], list[Graded]]:
+        """A training batch: written, scored, graded, and credited with what its answers are worth."""
+        samples = await self.write_and_score(requests, given, ask_teacher=self.scored)
+        graded = await self.graded(samples)
+        samples = self.credit.assign(samples, graded)
+        if self.on_batch is not None:
+            self.on_batch(samples)
+        return samples, graded
+
+    async def write_and_score(
+        self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout] = (), *, ask_teacher: bool = True
+    ) -> list[Scored]:
         """Rollouts with their signals, in the order of ``requests``, then the ``given`` ones with theirs; each is
         scored the moment it is finished."""
         if self.deterministic:
             rollouts = [*await self.rollouts.generate_batch(requests), *given]
+            if not ask_teacher:
+                return [Scored(rollout, None) for rollout in rollouts]
             return [Scored(*pair) for pair in zip(rollouts, await self.teachers.score_batch(rollouts), strict=True)]
 
         written, scored = len(given), 0
@@ -145,7 +167,7 @@ class Controller:
 
         async def score(rollout: Rollout) -> Scored:
             nonlocal scored
-            signal = await self.teachers.score(rollout)
+            signal = await self.teachers.score(rollout) if ask_teacher else None
             scored += 1
             self.progress.under_way(written, scored, len(requests) + len(given))
             return Scored(rollout, signal)
@@ -155,12 +177,10 @@ class Controller:
             tasks += [group.create_task(score(rollout)) for rollout in given]
         return [task.result() for task in tasks]
 
-    async def finished(self, batch: Awaitable[list[Scored]]) -> list[Scored]:
-        """The samples of a batch."""
-        samples = await batch
-        if self.on_batch is not None:
-            self.on_batch(samples)
-        return samples
+    async def graded(self, samples: Sequence[Scored]) -> list[Graded]:
+        """Answers checked, in a thread: the loop goes on. One batch at a time: there is one verifier."""
+        async with self.grading:
+            return await asyncio.to_thread(self.grader.grade, [sample.rollout for sample in samples])
 
     async def swap(self) -> tuple[SwapReport, ProbeResult]:
         """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
@@ -184,11 +204,13 @@ class Controller:
 
     async def evaluate(self) -> None:
         """Held-out KL, accuracy and obedience of the current version, on fresh rollouts."""
-        samples = await self.finished(self.write_and_score([(prompt, 0) for prompt in self.heldout]))
+        samples = await self.write_and_score([(prompt, 0) for prompt in self.heldout])
+        if self.on_batch is not None:
+            self.on_batch(samples)
         rollouts = [sample.rollout for sample in samples]
         sums, graded = await asyncio.gather(
             self.learner.evaluate_samples(samples, ["forward_kl", "reverse_kl"]),
-            asyncio.to_thread(self.grader.grade, rollouts),
+            self.graded(samples),
         )
         tokens = sum(len(rollout.sampled_rows) for rollout in rollouts)
         forward_kl, reverse_kl = sums.sum(0) / tokens

@@ -21,6 +21,11 @@ from s2w.records import Mode
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 EMPTY_THINK_BLOCK = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
+SWITCH = (
+    "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    "{{- '" + EMPTY_THINK_BLOCK.replace("\n", "\\n") + "' }}{%- endif %}"
+)
+"""The end of a chat template that knows ``enable_thinking``."""
 # Not part of a path or a closing tag: "</think>" and "/think/" are no switches.
 SOFT_SWITCH = re.compile(r"(?<![\w/<])/(think|no_think)(?![\w/>])")
 
@@ -45,6 +50,22 @@ def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template heeds ``enable_thinking`` (Qwen3's hybrid models do)."""
     probe = [{"role": "user", "content": "x"}]
     return _apply(tokenizer, probe, {"enable_thinking": True}) != _apply(tokenizer, probe, {"enable_thinking": False})
+
+
+def add_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a chat template that knows no thinking Qwen3's ``enable_thinking``; one that has a switch keeps it.
+
+    Raises:
+        ConfigError: there is no chat template, or its prompts end inside a think block.
+    """
+    if has_thinking_switch(tokenizer):
+        return
+    if opens_thinking(tokenizer):
+        raise ConfigError(
+            f"student.thinking_switch=true, but the chat template of {tokenizer.name_or_path!r} opens a think block "
+            "in every prompt: no answer could be without one"
+        )
+    tokenizer.chat_template = str(tokenizer.chat_template) + SWITCH
 
 
 def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -82,7 +103,10 @@ def render(
     if "enable_thinking" in kwargs:
         raise ConfigError("data.chat_template_kwargs may not set enable_thinking: the mode of a prompt does")
     if mode not in (modes := supported_modes(tokenizer)):
-        raise ConfigError(f"The chat template cannot ask for mode {mode!r}, only for {modes[0]!r}: it has no switch")
+        raise ConfigError(
+            f"The chat template cannot ask for mode {mode!r}, only for {modes[0]!r}: it has no thinking switch; write "
+            "student.thinking_switch=true to add one, or leave the mode out"
+        )
     return _apply(tokenizer, messages, {**kwargs, "enable_thinking": mode == "think"})
 
 

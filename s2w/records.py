@@ -103,19 +103,28 @@ class TeacherSignal:
     payload: ObjectRef
     nbytes: int
     teacher: int
-    """Index of the replica that scored it."""
+    """Index of the replica that scored it, over all teachers."""
     started: float
     finished: float
     cached_tokens: int
     """Prompt tokens that the teacher's prefix cache already held."""
+    put_seconds: float = 0.0
+    """What it took to encode the signal, check it and put it into the object store."""
+    name: str = "teacher"
+    """Which teacher: `teacher`, or one of config.teachers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A rollout with its teacher signal: what the learner trains on."""
+    """A rollout with what was found out about it: what the learner trains on."""
 
     rollout: Rollout
-    signal: TeacherSignal
+    signal: TeacherSignal | None
+    """None where no teacher is asked (loss.objective=grpo)."""
+    advantage: float = 0.0
+    """Of the verified reward, relative to the other responses to the prompt."""
+    weight: float = 1.0
+    """Factor on the divergence at its tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +188,9 @@ class StepReport:
     step: int
     """Updates done, this one included; also the policy version that the update published."""
     loss: float
-    """The objective: the divergence, times temperature^2 where that is set."""
+    """The objective: the divergence, times temperature^2 where that is set, and the policy gradient's value."""
     divergence: float
+    """With loss.objective=grpo the policy gradient's value; what needs a teacher is then NaN."""
     student_entropy: float
     teacher_entropy: float
     agreement: float
@@ -202,12 +212,21 @@ class StepReport:
     busy: dict[str, float]
     """Share of the step's wall time in which generate, score, learn and swap were at work."""
     signal_bytes_per_token: float
+    signal_seconds: dict[str, float]
+    """The signals' way: put (encoded, checked and stored, over all teachers), fetch (taken out and joined, over all
+    learner ranks, beside their work), wait (the longest that a rank stood still for one)."""
     swap_ms: float
     """From the pause of the engines to their resumption."""
     probe_error: float
     """Mean |log-prob difference| between engine and learner after the swap, nats."""
     seconds: float
     """Wall time of the step."""
+    signal_bias: dict[str, dict[str, float]]
+    """In steps of signal.bias_every: what each cheaper signal would have said, see
+    :func:`s2w.learner.signal_bias.summarise`; else empty."""
+    by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By mode, of the responses that the student wrote: responses, divergence, student_entropy, teacher_entropy,
+    response_length, truncated, obedience, and accuracy where prompts have a verifier."""
     phase: Literal["on_policy"] = "on_policy"
 
 

@@ -12,16 +12,18 @@ from typing import Any
 
 import ray
 
+from s2w import preflight
 from s2w.cluster import connect, resolve_device
 from s2w.compose import to_yaml
-from s2w.config import Config, SignalKind
+from s2w.config import Config, Objective, Preflight, SignalKind
 from s2w.controller import Controller
-from s2w.data.prompts import PromptStream, build_prompts
+from s2w.credit import Credit, reliability
+from s2w.data.prompts import build_prompts, prompt_stream
 from s2w.eval.grading import Grader
 from s2w.hardware import resolve_dtype
 from s2w.job import Job
 from s2w.learner import checkpoint
-from s2w.learner.group import LearnerGroup
+from s2w.learner.group import LearnerGroup, start_learner
 from s2w.models.student import materialise_student
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
@@ -32,8 +34,8 @@ from s2w.off_policy.batches import ResponseStream
 from s2w.off_policy.collect import TeacherResponses
 from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
-from s2w.teacher.pool import TeacherPool
-from s2w.validate import check, check_resources, off_policy_prompts
+from s2w.teacher.routing import Teachers
+from s2w.validate import check, check_resources, check_verifiable, off_policy_prompts
 
 CHECKPOINTS = Path("checkpoints")
 """Of the on-policy phase, in the run directory."""
@@ -60,6 +62,9 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
         [mode.value for mode in config.data.modes],
         facts.max_model_len,
     )
+    check_verifiable(config, prompts)
+    if config.run.preflight is not Preflight.none:
+        preflight.check_templates(config, heldout)
     progress = Progress(config.loop.steps, config.loss.divergence)
     for note in facts.vocabulary.notes:
         progress.say(note)
@@ -144,19 +149,15 @@ async def _on_policy(
         train_responses = (await teacher_responses.split()).train
         given = ResponseStream(train_responses, share * config.loop.samples_per_prompt, config.run.seed)
         max_model_len = max(max_model_len, config.data.max_prompt_tokens + config.off_policy.max_tokens)
-    stream = PromptStream(prompts, config.loop.prompts_per_step - share, config.run.seed)
+    stream = prompt_stream(config, prompts, config.loop.prompts_per_step - share, facts.student.tokenizer)
     if last:
         stream.load_state_dict(checkpoint.read_state(last)["data"]["stream"])
         progress.say(f"continues after step {step} from {last}")
 
-    teachers = TeacherPool(
-        config.teacher,
-        config.signal,
-        config.loss.temperature,
-        device=device,
-        dtype=dtypes["teacher"],
-        max_model_len=config.teacher.max_model_len or max_model_len,
-    )
+    credit = await make_credit(config, teacher_responses)
+
+    references = await preflight.write_references(job, heldout) if config.run.preflight is Preflight.log_probs else []
+    teachers = Teachers(config, device, max_model_len)
     rollouts = RolloutPool(
         config.rollout,
         model=str(student),
@@ -174,8 +175,14 @@ async def _on_policy(
         async with asyncio.TaskGroup() as group:
             group.create_task(teachers.start(timeout))
             group.create_task(rollouts.start(step, timeout))
-            starting = group.create_task(LearnerGroup.start(config, student, device, facts.vocabulary.vocab_size))
-        learner = starting.result()
+            if config.run.preflight is not Preflight.divergence:
+                starting = group.create_task(start_learner(config, student, job))
+        if config.run.preflight is Preflight.divergence:
+            await preflight.check_teachers_as_students(job, rollouts, teachers, heldout)
+            learner = await start_learner(config, student, job)
+        else:
+            learner = starting.result()
+        await preflight.check_references(job, references, teachers, learner)
         if last:
             await learner.load(last)
         controller = Controller(
@@ -188,6 +195,8 @@ async def _on_policy(
             teachers=teachers,
             learner=learner,
             grader=grader,
+            credit=credit,
+            scored=config.loss.objective is Objective.divergence,
             recorder=job.recorder,
             progress=progress,
             reporter=reporter,
@@ -203,6 +212,17 @@ async def _on_policy(
         await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
         if learner is not None:
             learner.shutdown()
+
+
+async def make_credit(config: Config, teacher_responses: TeacherResponses) -> Credit:
+    """What the run's samples count for; collects the teacher's responses if their answers weigh."""
+    rewarded = config.loss.objective is Objective.grpo or config.reward.weight > 0
+    shares = {}
+    if config.loop.unreliable_weight < 1:
+        filtered = await teacher_responses.filtered()
+        verified = [response for response in filtered.kept if response.prompt.task]
+        shares = reliability(verified, [response for response, reason in filtered.dropped if reason == "wrong"])
+    return Credit(config.reward if rewarded else None, shares, config.loop.unreliable_weight)
 
 
 def summarise(recorder: Recorder, reporter: StepReporter, wall_seconds: float) -> dict[str, Any]:
@@ -243,4 +263,6 @@ def probe_tolerance(config: Config, dtypes: dict[str, str]) -> float:
     """``run.probe_tolerance``, or what the dtypes' own rounding allows."""
     if config.run.probe_tolerance is not None:
         return config.run.probe_tolerance
-    return 1e-3 if dtypes["rollout"] == dtypes["learner"] == "float32" else 0.05
+    # Two implementations of attention in one library differ by 0.14 nats in bfloat16 on a model with layers cut out;
+    # wrong weights differ by nats.
+    return 1e-3 if dtypes["rollout"] == dtypes["learner"] == "float32" else 0.25

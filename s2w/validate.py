@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2w.config import Config, LoopConfig, OffPolicyLoss, SignalKind, StudentInit
+from s2w.config import Config, LoopConfig, Objective, Preflight, SignalDtype, SignalKind, StudentInit
 from s2w.errors import ConfigError
 from s2w.learner.carriage import carries
 from s2w.learner.divergence import make_divergence
 from s2w.models.checkpoint import Checkpoint, read_checkpoint
 from s2w.models.tokenizers import SharedVocabulary, compare_tokenizers
+from s2w.modes import add_thinking_switch
+from s2w.records import Prompt
 from s2w.rollout.thinking import check_thinking_budget
+from s2w.teacher.routing import DEFAULT, routes, teacher_settings
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MAY_CHANGE = (
     "cluster.", "run.", "rollout.engines", "rollout.cpus", "rollout.threads", "rollout.kv_cache_gib",
     "teacher.replicas", "teacher.cpus", "teacher.threads", "teacher.kv_cache_gib", "learner.cpus", "learner.threads",
-    "loop.steps", "loop.eval_every", "loop.checkpoint_every", "loop.keep_checkpoints",
+    "signal.bias_every", "loop.steps", "loop.eval_every", "loop.checkpoint_every", "loop.keep_checkpoints",
     "off_policy.engines", "off_policy.shard_responses", "off_policy.eval_every", "off_policy.checkpoint_every",
 )  # fmt: skip
 """Settings that a resumed run may change: they do not change what is computed. A trailing dot is a whole section."""
@@ -50,11 +53,27 @@ def check(config: Config, *, generating: bool = False) -> Facts:
     """
     _check_numbers(config)
     _check_loss(config)
+    _check_signal(config)
+    _check_preflight(config)
+    _check_reward(config)
     _check_off_policy(config)
     _check_run_directory(config)
+    teachers = teacher_settings(config)
+    _check_routes(config)
     teacher = read_checkpoint(config.teacher.model, config.teacher.revision)
     student = read_checkpoint(config.student.model, config.student.revision)
     vocabulary = compare_tokenizers(teacher, student)
+    others = {}
+    for name, settings in teachers.items():
+        if name != DEFAULT:
+            others[name] = read_checkpoint(settings.model, settings.revision)
+            if (shared := compare_tokenizers(others[name], student).vocab_size) != vocabulary.vocab_size:
+                raise ConfigError(
+                    f"teachers.{name} shares {shared} tokens with the student and `{DEFAULT}` {vocabulary.vocab_size}: "
+                    "they must have the same vocabulary"
+                )
+    if config.student.thinking_switch:
+        add_thinking_switch(student.tokenizer)
     if config.signal.kind in (SignalKind.topk, SignalKind.ids) and config.signal.top_k > vocabulary.vocab_size:
         raise ConfigError(
             f"signal.top_k={config.signal.top_k} is larger than the vocabulary of {vocabulary.vocab_size} tokens: "
@@ -67,7 +86,7 @@ def check(config: Config, *, generating: bool = False) -> Facts:
     if generating or _uses_off_policy(config):
         lengths["off_policy.max_tokens"] = config.data.max_prompt_tokens + config.off_policy.max_tokens
     for setting, tokens in lengths.items():
-        for side, checkpoint in (("teacher", teacher), ("student", student)):
+        for side, checkpoint in (("teacher", teacher), ("student", student), *others.items()):
             if checkpoint.max_model_len is not None and tokens > checkpoint.max_model_len:
                 raise ConfigError(
                     f"data.max_prompt_tokens + {setting} = {tokens} is more than the {side}'s context of "
@@ -76,6 +95,10 @@ def check(config: Config, *, generating: bool = False) -> Facts:
     for setting, checkpoint, parallel in (
         ("teacher.tensor_parallel", teacher, config.teacher.tensor_parallel),
         ("rollout.tensor_parallel", student, config.rollout.tensor_parallel),
+        *(
+            (f"teachers.{name}.tensor_parallel", other, teachers[name].tensor_parallel)
+            for name, other in others.items()
+        ),
     ):
         heads = checkpoint.config.get_text_config().num_attention_heads
         if heads % parallel:
@@ -94,17 +117,24 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
     """
     if _uses_off_policy(config) and config.off_policy.path is None:
         check_generation(config, device, available)
-    teacher, rollout, learner = config.teacher, config.rollout, config.learner
-    cpus = teacher.replicas * teacher.cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
+    rollout, learner = config.rollout, config.learner
+    teachers = list(teacher_settings(config).values())
+    if device == "cpu" and any(teacher.pipeline_parallel > 1 and teacher.enforce_eager for teacher in teachers):
+        raise ConfigError(
+            "teacher.pipeline_parallel above 1 with teacher.enforce_eager=true does not run on CPU: write "
+            "teacher.enforce_eager=false, or teacher.pipeline_parallel=1"
+        )
+    teacher_cpus = sum(teacher.replicas * teacher.cpus for teacher in teachers)
+    cpus = teacher_cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
     there = available.get("CPU", 0)
     if cpus > there:
         raise ConfigError(
-            f"the run reserves {cpus:g} CPUs (teachers {teacher.replicas} x {teacher.cpus:g}, rollout engines "
+            f"the run reserves {cpus:g} CPUs (teachers {teacher_cpus:g}, rollout engines "
             f"{rollout.engines} x {rollout.cpus:g}, learner ranks {learner.ranks} x {learner.cpus:g}) but the cluster "
             f"has {there:g}: ask for fewer, or for smaller shares (teacher.cpus, rollout.cpus, learner.cpus)"
         )
     if device == "cuda":
-        of_teachers = teacher.replicas * teacher.tensor_parallel * teacher.pipeline_parallel
+        of_teachers = sum(t.replicas * t.tensor_parallel * t.pipeline_parallel for t in teachers)
         of_rollouts = rollout.engines * rollout.tensor_parallel
         gpus = of_teachers + of_rollouts + learner.ranks * learner.gpus
         there = available.get("GPU", 0)
@@ -157,6 +187,7 @@ def _check_numbers(config: Config) -> None:
         "loop.max_staleness": config.loop.max_staleness,
         "loop.eval_every": config.loop.eval_every,
         "loop.checkpoint_every": config.loop.checkpoint_every,
+        "signal.bias_every": config.signal.bias_every,
         "learner.warmup_steps": config.learner.warmup_steps,
         "learner.weight_decay": config.learner.weight_decay,
         "learner.max_grad_norm": config.learner.max_grad_norm,
@@ -177,6 +208,19 @@ def _check_numbers(config: Config) -> None:
         choices = tuple(d for d in DTYPES if d != "float16") if name == "learner.dtype" else DTYPES
         if dtype not in choices:
             raise ConfigError(f"{name}={dtype}: write one of {', '.join(choices)}")
+    data = config.data
+    for name, share in (("data.think_ratio", data.think_ratio), ("data.think_ratio_end", data.think_ratio_end)):
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"{name}={share}: write a share from 0 to 1")
+    if data.think_ratio_end is not None and data.think_ratio is None:
+        raise ConfigError(
+            f"data.think_ratio_end={data.think_ratio_end} without data.think_ratio: write where it starts"
+        )
+    if data.think_ratio is not None and len(data.modes) == 1:
+        raise ConfigError(
+            f"data.think_ratio={data.think_ratio} mixes two modes, and data.modes has {data.modes[0].value} alone: "
+            "leave one of them out"
+        )
     if config.cluster.device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"cluster.device={config.cluster.device}: write auto, cuda or cpu")
     if config.run.deterministic and config.loop.max_staleness:
@@ -190,6 +234,11 @@ def _check_numbers(config: Config) -> None:
 
 def _check_loss(config: Config) -> None:
     loss = config.loss
+    if loss.objective is Objective.cross_entropy:
+        raise ConfigError(
+            "loss.objective=cross_entropy: write divergence or grpo; the teacher's responses are learned in the "
+            "off-policy phase (off_policy.loss=cross_entropy)"
+        )
     if loss.temperature <= 0:
         raise ConfigError(f"loss.temperature={loss.temperature}: write a number above 0")
     try:
@@ -200,6 +249,94 @@ def _check_loss(config: Config) -> None:
     if carriage.strength == "not possible":
         raise ConfigError(
             f"signal.kind={config.signal.kind.value} cannot carry loss.divergence={loss.divergence}: {carriage.reason}"
+        )
+
+
+def _check_reward(config: Config) -> None:
+    reward, loop, rollout = config.reward, config.loop, config.rollout
+    if reward.weight < 0:
+        raise ConfigError(f"reward.weight={reward.weight}: write 0 or more")
+    if not 0 < reward.clip_low < 1 or reward.clip_high <= 0:
+        raise ConfigError(
+            f"reward.clip_low={reward.clip_low}, reward.clip_high={reward.clip_high}: write a number between 0 and 1, "
+            "and one above 0"
+        )
+    if not 0 <= loop.unreliable_weight <= 1:
+        raise ConfigError(f"loop.unreliable_weight={loop.unreliable_weight}: write a number from 0 to 1")
+    if loop.unreliable_weight < 1 and not config.off_policy.filters.verified:
+        raise ConfigError(
+            f"loop.unreliable_weight={loop.unreliable_weight} needs the verdicts on the teacher's answers: write "
+            "off_policy.filters.verified=true"
+        )
+    grpo = config.loss.objective is Objective.grpo
+    if not grpo and reward.weight == 0:
+        return
+    what = "loss.objective=grpo" if grpo else f"reward.weight={reward.weight}"
+    if loop.samples_per_prompt < 2:
+        raise ConfigError(
+            f"{what} compares the responses to a prompt with each other: write loop.samples_per_prompt=2 or more"
+        )
+    if loop.off_policy_fraction:
+        raise ConfigError(f"{what} learns from what the student sampled: write loop.off_policy_fraction=0")
+    if rollout.temperature != config.loss.temperature or rollout.top_p != 1 or rollout.top_k != -1:
+        raise ConfigError(
+            f"{what} needs the log-probs of what was sampled: write rollout.temperature={config.loss.temperature} "
+            "(that of the loss), rollout.top_p=1, rollout.top_k=-1"
+        )
+
+
+def _check_routes(config: Config) -> None:
+    """Tasks that a teacher takes must be the run's."""
+    for route in routes(config):
+        for task in route.tasks:
+            if config.data.tasks and task not in config.data.tasks:
+                raise ConfigError(
+                    f"teachers.{route.name}.tasks names {task!r}, which is not in data.tasks "
+                    f"({', '.join(config.data.tasks)})"
+                )
+
+
+def check_verifiable(config: Config, prompts: Sequence[Prompt]) -> None:
+    """GRPO learns from nothing but verified answers.
+
+    Raises:
+        ConfigError: names the first prompt that has no verifier.
+    """
+    if config.loss.objective is Objective.grpo:
+        for prompt in prompts:
+            if not prompt.task:
+                raise ConfigError(
+                    f"loss.objective=grpo needs prompts whose answers can be checked, and {prompt.uid!r} has neither "
+                    "`task` nor `answer`"
+                )
+
+
+def _check_signal(config: Config) -> None:
+    signal = config.signal
+    if signal.bias_every and config.loss.objective is Objective.grpo:
+        raise ConfigError(
+            f"signal.bias_every={signal.bias_every}: with loss.objective=grpo no signal reaches the learner; write 0"
+        )
+    if signal.kind is SignalKind.hidden:
+        return
+    if signal.dtype is not SignalDtype.auto:
+        raise ConfigError(
+            f"signal.dtype={signal.dtype.value} says how hidden rows travel, and signal.kind={signal.kind.value} sends "
+            "none: write signal.dtype=auto"
+        )
+    if signal.bias_every:
+        raise ConfigError(
+            f"signal.bias_every={signal.bias_every} compares with the whole distribution, which "
+            f"signal.kind={signal.kind.value} does not have: write signal.kind=hidden, or signal.bias_every=0"
+        )
+
+
+def _check_preflight(config: Config) -> None:
+    way, kind, temperature = config.run.preflight, config.signal.kind, config.loss.temperature
+    if way is Preflight.log_probs and kind is not SignalKind.hidden and temperature != 1:
+        raise ConfigError(
+            f"run.preflight=log_probs compares log-probs at temperature 1, and signal.kind={kind.value} has those of "
+            f"loss.temperature={temperature:g}: write run.preflight=divergence"
         )
 
 
@@ -234,6 +371,8 @@ def _check_off_policy(config: Config) -> None:
         raise ConfigError(f"off_policy.learning_rate={off.learning_rate}: write a number above 0")
     if off.path is not None and not Path(off.path).expanduser().exists():
         raise ConfigError(f"off_policy.path={off.path}: there is no such file or directory")
+    if off.loss is Objective.grpo:
+        raise ConfigError("off_policy.loss=grpo: write cross_entropy or divergence; the student samples nothing there")
     kind = config.signal.kind
     if not 0 <= config.loop.off_policy_fraction < 1:
         raise ConfigError(f"loop.off_policy_fraction={config.loop.off_policy_fraction}: write 0 or more, below 1")
@@ -241,7 +380,7 @@ def _check_off_policy(config: Config) -> None:
     scored = [
         setting
         for setting, used in (
-            ("off_policy.loss=divergence", off.steps and off.loss is OffPolicyLoss.divergence),
+            ("off_policy.loss=divergence", off.steps and off.loss is Objective.divergence),
             (f"loop.off_policy_fraction={config.loop.off_policy_fraction}", config.loop.off_policy_fraction),
         )
         if used
@@ -269,8 +408,9 @@ def off_policy_prompts(loop: LoopConfig) -> int:
 
 
 def _uses_off_policy(config: Config) -> bool:
-    """The run learns responses of the teacher in one of its phases."""
-    return config.off_policy.steps > 0 or config.loop.off_policy_fraction > 0
+    """The run needs responses of the teacher in one of its phases."""
+    loop = config.loop
+    return config.off_policy.steps > 0 or loop.off_policy_fraction > 0 or loop.unreliable_weight < 1
 
 
 def _check_run_directory(config: Config) -> None:

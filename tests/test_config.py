@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import MISSING
 from tiny_models import make_checkpoint
@@ -12,8 +13,11 @@ from tiny_models import make_checkpoint
 from s2w import cli
 from s2w.compose import compose, help_text, settings, to_yaml
 from s2w.config import Config, SignalKind, StudentInit
+from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
-from s2w.validate import check, check_resources
+from s2w.modes import EMPTY_THINK_BLOCK
+from s2w.records import Prompt
+from s2w.validate import check, check_resources, check_verifiable
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,24 @@ def test_yaml_of_a_configuration_composes_to_itself(overrides: list[str], tmp_pa
         ("run={deterministic: true}", None),
         ("teacher.tensor_parallel=3", "teacher.tensor_parallel=3 does not divide the 4 attention heads"),
         ("run.resume=true", "holds no run"),
+        ("data.think_ratio=1.5", "data.think_ratio=1.5: write a share from 0 to 1"),
+        ("data.think_ratio_end=0.5", "data.think_ratio_end=0.5 without data.think_ratio"),
+        ("data={modes: [think], think_ratio: 0.5}", "data.modes has think alone"),
+        ("loss.objective=cross_entropy", "loss.objective=cross_entropy: write divergence or grpo"),
+        ("off_policy={loss: grpo}", "off_policy.loss=grpo: write cross_entropy or divergence"),
+        ("loss.objective=grpo", "loss.objective=grpo compares the responses to a prompt with each other"),
+        ("reward.weight=-1", "reward.weight=-1.0: write 0 or more"),
+        ("reward.clip_low=1.5", "reward.clip_low=1.5, reward.clip_high=0.2: write"),
+        ("loop.unreliable_weight=2", "loop.unreliable_weight=2.0: write a number from 0 to 1"),
+        ("rollout.thinking_budget=2000", "leave no room for an answer in rollout.max_tokens=1024"),
+        ("teachers.math={modes: [think]}", "teachers.math has no model"),
+        ("teachers.math={model: /no/such/model}", "No checkpoint directory at '/no/such/model'"),
+        ("teachers.math={model: m, replica: 2}", "unknown setting teachers.math.replica: did you mean replicas?"),
+        ("teachers.math={model: m, replicas: two}", "teachers.math.replicas='two': write a int"),
+        ("teachers.math={model: m, modes: [fast]}", "teachers.math.modes has 'fast'; a mode is think or no_think"),
+        ("teachers.math={model: m, modes: think}", "teachers.math.modes=think: write a list, as [think]"),
+        ("teachers.math={model: m, tasks: [gcd]}", "names 'gcd', which is not in data.tasks (chain_sum)"),
+        ("teachers.teacher={model: m}", "`teacher` is the name of the section with that name"),
     ],
 )
 def test_bad_input(overrides: list[str], extra: str, sentence: str | None) -> None:
@@ -92,6 +114,50 @@ def test_bad_input(overrides: list[str], extra: str, sentence: str | None) -> No
         check(compose([*overrides, extra]))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "setting"),
+    [
+        ("rollout.temperature=0.7", "rollout.temperature=1.0"),
+        ("rollout.top_p=0.9", "rollout.top_p=1"),
+        ("rollout.top_k=20", "rollout.top_k=-1"),
+        ("loop.off_policy_fraction=0.5", "loop.off_policy_fraction=0"),
+    ],
+)
+@pytest.mark.parametrize("reward", ["loss.objective=grpo", "reward.weight=0.5"])
+def test_rewards_need_the_sampling_distribution(overrides: list[str], reward: str, extra: str, setting: str) -> None:
+    fine = [*overrides, reward, "loop.samples_per_prompt=4"]
+    check(compose(fine))
+    with pytest.raises(ConfigError) as caught:
+        check(compose([*fine, extra]))
+    assert reward in str(caught.value) and setting in str(caught.value)
+
+
+def test_grpo_needs_answers(overrides: list[str]) -> None:
+    config = compose([*overrides, "loss.objective=grpo", "loop.samples_per_prompt=4"])
+    prompt = Prompt("file/train/3", (), np.zeros(1, np.int32), "think", 0)
+    check_verifiable(config, [replace(prompt, task="chain_sum")])
+    with pytest.raises(ConfigError, match="'file/train/3' has neither `task` nor `answer`"):
+        check_verifiable(config, [replace(prompt, task="chain_sum"), prompt])
+
+
+def test_thinking_switch_is_added_where_asked(overrides: list[str], tmp_path: Path) -> None:
+    plain = make_checkpoint(tmp_path / "plain", "tied", 0)
+    template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    (plain / "chat_template.jinja").write_text(template)
+    config = compose([*overrides, f"student.model={plain}", "data.modes=[think,no_think]"])
+    modes = [mode.value for mode in config.data.modes]
+    with pytest.raises(ConfigError, match=r"no thinking switch; write student\.thinking_switch=true"):
+        build_prompts(config.data, check(config).student.tokenizer, 0, modes)
+    config = replace(config, student=replace(config.student, thinking_switch=True))
+    tokenizer = check(config).student.tokenizer
+    train, _ = build_prompts(config.data, tokenizer, 0, modes)
+    for prompt in train[:4]:
+        text = str(tokenizer.decode(prompt.token_ids))
+        assert text == prompt.messages[0]["content"] + ">" + (EMPTY_THINK_BLOCK if prompt.mode == "no_think" else "")
 
 
 def test_missing_model_is_named() -> None:
@@ -138,6 +204,22 @@ def test_resources_are_counted(overrides: list[str]) -> None:
     check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
     with pytest.raises(ConfigError, match=r"asks for 8 GPUs .* but the cluster has 7"):
         check_resources(config, "cuda", {"CPU": 8, "GPU": 7})
+
+
+def test_all_teachers_are_counted(overrides: list[str], checkpoint: str) -> None:
+    more = f"teachers.math={{model: {checkpoint}, modes: [think], replicas: 3, tensor_parallel: 2}}"
+    config = compose([*overrides, more])
+    check(config)
+    check_resources(config, "cuda", {"CPU": 8, "GPU": 9})
+    with pytest.raises(ConfigError, match=r"asks for 9 GPUs \(teachers 7,.* but the cluster has 8"):
+        check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
+
+
+def test_eager_pipelines_are_refused_on_cpu(overrides: list[str]) -> None:
+    config = compose([*overrides, "teacher.pipeline_parallel=2", "teacher.enforce_eager=true"])
+    check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
+    with pytest.raises(ConfigError, match="does not run on CPU"):
+        check_resources(config, "cpu", {"CPU": 8})
 
 
 def test_tokenizers_that_differ_are_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from tiny_models import make_tokenizer
 
 from s2w.config import DataConfig
-from s2w.data.prompts import PromptStream, build_prompts
+from s2w.data.prompts import PromptStream, ThinkRatio, build_prompts
 from s2w.errors import ConfigError
 from s2w.modes import EMPTY_THINK_BLOCK
 from s2w.records import Prompt
@@ -212,6 +213,76 @@ def test_batch_size_may_change_on_resume() -> None:
     draw(stream, 1)
     resumed = PromptStream(prompts(10), 3, seed=1, state=stream.state_dict())
     assert draw(resumed, 2) == draw(stream, 2)[:6]
+
+
+def both(count: int, fixed: int = 0) -> tuple[list[Prompt], list[Prompt]]:
+    """The same prompts without and with thinking; the first ``fixed`` say their mode, no_think."""
+    plain = [Prompt(f"t/train/{i}", (), np.zeros(1, np.int32), "no_think", 0) for i in range(count)]
+    thinking = [prompt if i < fixed else replace(prompt, mode="think") for i, prompt in enumerate(plain)]
+    return plain, thinking
+
+
+def mixed(count: int, batch: int, first: float, last: float, steps: int, fixed: int = 0) -> PromptStream:
+    plain, thinking = both(count, fixed)
+    return PromptStream(plain, batch, seed=1, ratio=ThinkRatio(first, last, steps, thinking))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 1.0])
+def test_think_ratio(ratio: float) -> None:
+    """The nearest whole number of prompts in each batch, the ratio itself over many; a prompt's mode is not fixed."""
+    stream = mixed(50, 8, ratio, ratio, 1)
+    batches = [stream.next_batch() for _ in range(200)]
+    counts = [sum(prompt.mode == "think" for prompt in batch) for batch in batches]
+    assert set(counts) <= {int(8 * ratio), min(8, int(8 * ratio) + 1)}
+    # The rounding of a batch has a deviation of at most 1/2 prompt.
+    assert abs(sum(counts) / 1600 - ratio) < 4 * 0.5 / 8 / 200**0.5
+    modes = {(prompt.uid, prompt.mode) for batch in batches for prompt in batch}
+    assert len(modes) == (50 if ratio in (0, 1) else 100)
+
+
+def test_think_ratio_leaves_prompts_that_say_their_mode() -> None:
+    stream = mixed(10, 10, 1.0, 1.0, 1, fixed=4)
+    assert Counter(prompt.mode for prompt in stream.next_batch()) == {"think": 6, "no_think": 4}
+
+
+def test_think_ratio_follows_its_schedule_and_resumes() -> None:
+    stream = mixed(1000, 100, 0.2, 0.8, 4)
+    counts = [sum(prompt.mode == "think" for prompt in stream.next_batch()) for _ in range(6)]
+    assert counts == [pytest.approx(share, abs=1) for share in (20, 40, 60, 80, 80, 80)]
+    again = mixed(1000, 100, 0.2, 0.8, 4)
+    first = [again.next_batch() for _ in range(2)]
+    resumed = mixed(1000, 100, 0.2, 0.8, 4)
+    resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    assert len(first) == 2
+    for _ in range(3):
+        assert [(p.uid, p.mode, p.seed) for p in resumed.next_batch()] == [
+            (p.uid, p.mode, p.seed) for p in again.next_batch()
+        ]
+
+
+def test_tasks_may_have_modes_of_their_own() -> None:
+    data = DataConfig(tasks=["chain_sum", "gcd"], train_prompts=8, heldout_prompts=4)
+    data.task_modes = {"gcd": ["no_think"]}
+    train, _ = build_prompts(data, TOKENIZER, seed=0)
+    assert Counter((p.task, p.mode) for p in train) == {
+        ("chain_sum", "think"): 2, ("chain_sum", "no_think"): 2, ("gcd", "no_think"): 4,
+    }  # fmt: skip
+    # Asked for one mode, as the off-policy phase does, a task keeps to its own.
+    assert {p.mode for p in build_prompts(data, TOKENIZER, 0, ["think"])[0] if p.task == "gcd"} == {"no_think"}
+
+
+@pytest.mark.parametrize(
+    ("modes", "sentence"),
+    [
+        ({"chain_sun": ["think"]}, "names 'chain_sun', which no prompt has: did you mean chain_sum?"),
+        ({"chain_sum": ["thinking"]}, "write a list of think and no_think"),
+        ({"chain_sum": []}, "write a list of think and no_think"),
+    ],
+)
+def test_bad_task_modes(modes: dict[str, list[str]], sentence: str) -> None:
+    data = DataConfig(tasks=["chain_sum"], task_modes=modes, train_prompts=4, heldout_prompts=2)
+    with pytest.raises(ConfigError, match=sentence):
+        build_prompts(data, TOKENIZER, seed=0)
 
 
 def test_stream_refuses_another_runs_state() -> None:

@@ -26,11 +26,10 @@ from s2w.off_policy.batches import ResponseStream, split
 from s2w.off_policy.dataset import read_dataset
 from s2w.off_policy.filters import FILTERS, apply_filters, has_loop
 from s2w.off_policy.generate import teacher_prompts
-from s2w.off_policy.phase import learner_settings, one_hot
+from s2w.off_policy.phase import learner_settings
 from s2w.off_policy.response import Response
 from s2w.off_policy.shards import ShardStore, vocabulary_hash
 from s2w.records import Mode, Prompt
-from s2w.teacher.signal import bytes_per_row, decode, nbytes
 from s2w.validate import Facts, check
 
 
@@ -313,13 +312,10 @@ def test_every_response_is_in_every_epoch_once() -> None:
     assert stream.fingerprint() != ResponseStream([*responses[:9], response("other", "9?")], 4, seed=3).fingerprint()
 
 
-def test_one_hot_forward_kl_is_torchs_cross_entropy(checkpoint: str, tmp_path: Path) -> None:
+def test_forward_kl_to_a_certain_teacher_is_torchs_cross_entropy(checkpoint: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     rows, width, vocab = 37, 16, 90
     ids = torch.randint(vocab, (rows,), generator=generator)
-    payload = one_hot(ids.numpy().astype(np.int32))
-    assert nbytes(payload) == rows * bytes_per_row("topk", top_k=1)
-    tensors = decode(payload)
     loss = learner_settings(settings(checkpoint, tmp_path, "loss.divergence=jsd", "loss.temperature=2")).loss
     hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64, requires_grad=True)
     # Two rows of padding, which the softmax must leave out.
@@ -327,7 +323,7 @@ def test_one_hot_forward_kl_is_torchs_cross_entropy(checkpoint: str, tmp_path: P
     output = divergence_loss(
         hidden,
         Head(head),
-        SparseRows(tensors["ids"], tensors["log_probs"], tensors["log_tail"]),
+        SparseRows.certain(ids),
         make_divergence(loss.divergence, beta=loss.beta, alpha=loss.alpha),
         vocab_size=vocab,
         temperature=loss.temperature,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from s2w.config import DataConfig
+from s2w.config import Config, DataConfig
 from s2w.data.tasks import derive_seed, generate
 from s2w.data.verifiers import VERIFIERS, check_verifier
 from s2w.errors import ConfigError
@@ -69,6 +70,7 @@ def build_prompts(
         system = {"role": "system", "content": data.system_prompt}
         train, heldout = ([_with_system(source, system) for source in sources] for sources in (train, heldout))
     chosen = tuple(modes) or supported_modes(tokenizer)
+    of_task = _task_modes(data, {source.task for source in (*train, *heldout)})
     limit, limit_name = data.max_prompt_tokens, "data.max_prompt_tokens"
     if context_length is not None and context_length - 1 < limit:
         limit, limit_name = context_length - 1, "the models' context, less one token of response"
@@ -76,7 +78,12 @@ def build_prompts(
     built = []
     for sources in (train, heldout):
         turns: dict[str, int] = {}
-        prompt_modes = [source.mode or _take_turn(source.task, chosen, turns) for source in sources]
+        prompt_modes = []
+        for source in sources:
+            own = of_task.get(source.task, chosen)
+            # Asked for modes that the task does not have, its prompts keep to those that it has.
+            allowed = [mode for mode in chosen if mode in own] or own
+            prompt_modes.append(source.mode or _take_turn(source.task, allowed, turns))
         texts = [
             render(tokenizer, source.messages, mode, kwargs) for source, mode in zip(sources, prompt_modes, strict=True)
         ]
@@ -102,6 +109,22 @@ def build_prompts(
     return built[0], built[1]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ThinkRatio:
+    """Share of think mode among the prompts that may be in either, and its schedule."""
+
+    first: float
+    last: float
+    steps: int
+    """Batches from the first to the last."""
+    thinking: Sequence[Prompt]
+    """The prompts of the run, in think mode where they may be; beside them, in the same order, those that do not."""
+
+    def at(self, batch: int) -> float:
+        """Of a batch, the first being 0; linear, and constant after the last."""
+        return self.first + (self.last - self.first) * min(1.0, batch / max(1, self.steps - 1))
+
+
 class PromptStream:
     """Batches of prompts in a repeatable order: every epoch is its own permutation, each prompt in it once.
 
@@ -112,10 +135,17 @@ class PromptStream:
         prompts_per_step: size of a batch.
         seed: of the permutations and the samples.
         state: of an earlier stream over the same prompts, see :meth:`state_dict`.
+        ratio: draws the mode anew for every batch; ``prompts`` are then in no_think mode where they may be. None
+            leaves them as they are.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], prompts_per_step: int, seed: int, state: dict[str, int] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        prompts_per_step: int,
+        seed: int,
+        state: dict[str, int] | None = None,
+        ratio: ThinkRatio | None = None,
     ) -> None:
         if not prompts:
             raise ConfigError("There are no training prompts")
@@ -124,8 +154,8 @@ class PromptStream:
         self._prompts = list(prompts)
         self._prompts_per_step = prompts_per_step
         self._seed = seed
-        self._epoch = 0
-        self._position = 0
+        self._ratio = ratio
+        self._epoch = self._position = self._batches = 0
         self._order = self._permutation()
         if state is not None:
             self.load_state_dict(state)
@@ -137,22 +167,35 @@ class PromptStream:
 
     def next_batch(self) -> list[Prompt]:
         """The next ``prompts_per_step`` prompts."""
-        batch = []
+        batch, indices = [], []
         for _ in range(self._prompts_per_step):
             index = int(self._order[self._position])
             seed = derive_seed("sample", self._seed, self._epoch, index)
             batch.append(dataclasses.replace(self._prompts[index], seed=seed))
+            indices.append(index)
             self._position += 1
             if self._position == len(self._prompts):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._permutation()
+        if self._ratio is not None:
+            self._set_modes(batch, indices, self._ratio)
+        self._batches += 1
         return batch
+
+    def _set_modes(self, batch: list[Prompt], indices: Sequence[int], ratio: ThinkRatio) -> None:
+        """Puts the wanted share of the batch into think mode: to the nearest prompt, and exactly on average."""
+        free = [place for place, index in enumerate(indices) if ratio.thinking[index].mode != batch[place].mode]
+        random = np.random.default_rng([self._seed, self._batches])
+        count = int(ratio.at(self._batches) * len(free) + random.random())
+        for place in random.permutation(free)[:count]:
+            batch[place] = dataclasses.replace(ratio.thinking[indices[place]], seed=batch[place].seed)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is, and what it runs over."""
         return {
             "epoch": self._epoch,
             "position": self._position,
+            "batches": self._batches,
             "seed": self._seed,
             "prompts": len(self._prompts),
             "fingerprint": self._fingerprint(),
@@ -171,7 +214,7 @@ class PromptStream:
                     f"Cannot resume: the checkpoint's prompts are not those of this run (its {name} was {state[name]}, "
                     f"now {own[name]})"
                 )
-        self._epoch, self._position = state["epoch"], state["position"]
+        self._epoch, self._position, self._batches = state["epoch"], state["position"], state["batches"]
         self._order = self._permutation()
 
     def _permutation(self) -> np.ndarray:
@@ -179,6 +222,42 @@ class PromptStream:
 
     def _fingerprint(self) -> int:
         return derive_seed(*(prompt.uid for prompt in self._prompts))
+
+
+def prompt_stream(
+    config: Config, prompts: Sequence[Prompt], prompts_per_step: int, tokenizer: PreTrainedTokenizerBase
+) -> PromptStream:
+    """The on-policy phase's stream over the training ``prompts``, with the mode mix of ``data.think_ratio``.
+
+    Raises:
+        ConfigError: the chat template has not both modes.
+    """
+    data, seed = config.data, config.run.seed
+    if data.think_ratio is None:
+        return PromptStream(prompts, prompts_per_step, seed)
+    thinking, plain = (build_prompts(data, tokenizer, seed, [mode])[0] for mode in ("think", "no_think"))
+    last = data.think_ratio if data.think_ratio_end is None else data.think_ratio_end
+    ratio = ThinkRatio(data.think_ratio, last, config.loop.steps, thinking)
+    return PromptStream(plain, prompts_per_step, seed, ratio=ratio)
+
+
+def _task_modes(data: DataConfig, tasks: set[str]) -> dict[str, tuple[Mode, ...]]:
+    """``data.task_modes``.
+
+    Raises:
+        ConfigError: it names a task that no prompt has, or something else than modes.
+    """
+    modes = {}
+    for task, given in _plain(data.task_modes).items():
+        if task not in tasks:
+            near = difflib.get_close_matches(task, tasks, n=1)
+            raise ConfigError(
+                f"data.task_modes names {task!r}, which no prompt has" + (f": did you mean {near[0]}?" if near else "")
+            )
+        if not isinstance(given, list) or not given or any(mode not in get_args(Mode) for mode in given):
+            raise ConfigError(f"data.task_modes.{task}={given}: write a list of {' and '.join(get_args(Mode))}")
+        modes[task] = tuple(given)
+    return modes
 
 
 def _task_sources(data: DataConfig, seed: int) -> tuple[list[_Source], list[_Source]]:

@@ -97,10 +97,11 @@ def read_state(directory: Path) -> dict[str, Any]:
     return json.loads((directory / STATE_FILE).read_text())
 
 
-def write_texts(directory: Path, model: PreTrainedModel, source: Path) -> None:
+def write_texts(directory: Path, model: PreTrainedModel, source: Path, chat_template: str | None = None) -> None:
     """Writes configuration and generation configuration of ``model``; copies the tokenizer's files from ``source``.
 
-    The tokenizer's files are those of the checkpoint that the student started from, byte for byte.
+    The tokenizer's files are those of the checkpoint that the student started from, byte for byte; a given
+    ``chat_template`` takes the place of its own.
     """
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
@@ -111,6 +112,9 @@ def write_texts(directory: Path, model: PreTrainedModel, source: Path) -> None:
         for path in source.glob(pattern):
             if path.name not in _MODEL_FILES and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, directory / path.name)
+    if chat_template is not None:
+        # The file goes before a template in tokenizer_config.json.
+        (directory / "chat_template.jinja").write_text(chat_template)
 
 
 def write_weights(

@@ -96,6 +96,12 @@ class SparseRows:
 
     kind = "topk"
 
+    @classmethod
+    def certain(cls, ids: Tensor) -> SparseRows:
+        """A teacher that is certain of one token a row, ids [N]: the forward KL to it is the token's log-loss."""
+        nothing = torch.zeros(len(ids), device=ids.device)
+        return cls(ids[:, None], nothing[:, None], nothing - torch.inf)
+
 
 @dataclass(frozen=True)
 class SampledRows:
@@ -156,6 +162,34 @@ TeacherRows = HiddenRows | SparseRows | SampledRows
 
 
 @dataclass(frozen=True)
+class PolicyRows:
+    """The clipped policy gradient at the sampled token (PPO, arXiv 1707.06347, eq. 7), to be added to a divergence.
+
+    With rho_i = q_i / q_sampling, a row's value is -min(rho_i A_i, clip(rho_i, 1 - low, 1 + high) A_i). Where tokens
+    are learned by the policy that sampled them, rho is 1 and the gradient is -A_i d log q_i.
+    """
+
+    ids: Tensor
+    """Integers [N]: the sampled tokens."""
+    advantages: Tensor
+    """[N], of the response that each token belongs to."""
+    sampling_log_probs: Tensor
+    """[N], of the policy that sampled, at the temperature of the loss."""
+    weights: Tensor
+    """[N], of the rows in the sum."""
+    clip: tuple[float, float]
+    """low and high."""
+
+    def value(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """From the student's log-probs [n] at the tokens: values [n], and their derivatives by -log q [n]."""
+        advantages = self.advantages[rows].to(log_q.dtype)
+        ratio = (log_q - self.sampling_log_probs[rows].to(log_q.dtype)).exp()
+        low, high = self.clip
+        free, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+        return -torch.minimum(free, clipped), torch.where(free <= clipped, free, 0)
+
+
+@dataclass(frozen=True)
 class DivergenceOutput:
     """A loss and what was seen on the way; all but ``loss`` are detached, [N], and at the temperature of the loss.
 
@@ -177,10 +211,11 @@ class DivergenceOutput:
 def divergence_loss(
     hidden: Tensor,
     head: Head,
-    teacher: TeacherRows,
+    teacher: TeacherRows | None,
     divergence: Divergence,
     *,
     vocab_size: int,
+    policy: PolicyRows | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
     temperature_squared: bool = True,
@@ -191,7 +226,9 @@ def divergence_loss(
     Args:
         hidden: [N, d_s] student hidden rows, float32, bfloat16 or float64.
         head: the student's, in the same dtype.
-        teacher: what the teacher says about the same N rows.
+        teacher: what the teacher says about the same N rows; None leaves the divergence out: ``values`` are then
+            those of ``policy``, and what needs a teacher is NaN.
+        policy: a policy gradient to add, at the same logits: no product is computed twice.
         vocab_size: tokens of the vocabulary; columns of either head at or past it are padding and left out.
         weights: [N] of the rows in the sum, 1 if None. Put constant factors (1 / tokens) here rather than on the
             loss: a gradient of exactly 1 saves a copy of the head's gradient.
@@ -200,18 +237,22 @@ def divergence_loss(
         chunk_rows: most rows of the [rows, vocabulary] buffers; changes memory and speed, not the result.
 
     Raises:
-        ValueError: the signal cannot carry the divergence, or row counts or vocabulary sizes do not fit.
+        ValueError: the signal cannot carry the divergence, row counts or vocabulary sizes do not fit, or there is
+            neither teacher nor policy.
         TypeError: dtypes that differ, or an unsupported one.
     """
-    carriage = carries(teacher.kind, divergence.name)
-    if carriage.strength == "not possible":
-        raise ValueError(f"signal {teacher.kind!r} cannot carry {divergence.name}: {carriage.reason}")
-    _check(hidden, head, teacher, vocab_size)
+    if teacher is None and policy is None:
+        raise ValueError("there is nothing to learn: neither teacher rows nor policy rows")
+    if teacher is not None:
+        carriage = carries(teacher.kind, divergence.name)
+        if carriage.strength == "not possible":
+            raise ValueError(f"signal {teacher.kind!r} cannot carry {divergence.name}: {carriage.reason}")
+    _check(hidden, head, teacher, policy, vocab_size)
     if weights is None:
         weights = torch.ones(len(hidden), dtype=_statistics_dtype(hidden.dtype), device=hidden.device)
     if temperature_squared:
         weights = weights * temperature**2
-    problem = _Problem(teacher, divergence, weights, head, vocab_size, temperature, chunk_rows)
+    problem = _Problem(teacher, policy, divergence, weights, head, vocab_size, temperature, chunk_rows)
     return DivergenceOutput(*_DivergenceLoss.apply(hidden, head.weight, head.bias, problem, torch.is_grad_enabled()))
 
 
@@ -232,7 +273,7 @@ def divergence_values(
     """
     if isinstance(teacher, SampledRows):
         raise ValueError("sampled tokens hold no distribution to evaluate a divergence on")
-    _check(hidden, head, teacher, vocab_size)
+    _check(hidden, head, teacher, None, vocab_size)
     dtype = _statistics_dtype(hidden.dtype)
     out = {name: torch.empty(len(hidden), dtype=dtype, device=hidden.device) for name, _ in divergences}
     step = _step(_value_rows, hidden)
@@ -248,7 +289,8 @@ def divergence_values(
 class _Problem:
     """What the loss needs beside the tensors that have gradients."""
 
-    teacher: TeacherRows
+    teacher: TeacherRows | None
+    policy: PolicyRows | None
     divergence: Divergence
     weights: Tensor
     head: Head
@@ -286,10 +328,11 @@ def _solve(
     hidden: Tensor, head: Head, problem: _Problem, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """Loss, [values, student entropy, teacher entropy, agreement], gradients by hidden rows, weight and bias."""
-    teacher, vocab_size = problem.teacher, problem.vocab_size
+    teacher, policy, vocab_size = problem.teacher, problem.policy, problem.vocab_size
     dtype = _statistics_dtype(hidden.dtype)
-    statistics = [torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(4)]
+    statistics = [torch.full((len(hidden),), torch.nan, dtype=dtype, device=hidden.device) for _ in range(4)]
     values = statistics[0]
+    policy_values = torch.empty_like(values) if policy is not None else None
     weights = problem.weights.to(dtype)
     grad_hidden = torch.empty_like(hidden) if needs[0] else None
     grad_weight = torch.zeros_like(head.weight, dtype=dtype) if needs[1] else None
@@ -299,20 +342,44 @@ def _solve(
 
     sampled = isinstance(teacher, SampledRows)
     step = _step(_sampled_rows if sampled else _divergence_rows, hidden)
+    policy_step = _step(_sampled_rows, hidden)
     for chunk in _chunks(hidden, head, teacher, vocab_size, problem.chunk_rows):
         rows = chunk.rows
         gradient = _gradient_buffer(chunk.product, hidden.dtype) if any(needs) else None
+        # Row factors go to the narrow side of the products, [rows, d], not to [rows, V]. Only a sum of two terms
+        # has to carry them on the wide side.
+        row_factor = weights[rows] * factor
         for tile in chunk.tiles():
+            policy_grad: Tensor | None = None
+            if policy is not None and policy_values is not None:
+                at = slice(rows.start + tile.start, rows.start + tile.stop)
+                log_q, entropy, *_, policy_grad = policy_step(
+                    chunk.student,
+                    None,
+                    chunk.product[tile],
+                    (policy.ids[at].long(),),
+                    problem.divergence,
+                    problem.temperature,
+                    any(needs),
+                )
+                policy_values[at], slope = policy.value(at, log_q)
+                if policy_grad is not None:
+                    policy_grad.mul_((slope * policy.weights[at].to(dtype))[:, None])
+                statistics[1][at] = entropy
+            if teacher is None:
+                if gradient is not None and policy_grad is not None:
+                    gradient[tile] = policy_grad
+                continue
             *seen, grad = step(
                 chunk.student, chunk.teacher, *chunk.at(tile), problem.divergence, problem.temperature, any(needs)
             )
             for statistic, tile_statistic in zip(statistics, seen, strict=True):
                 statistic[rows][tile] = tile_statistic
             if gradient is not None:
+                if policy_grad is not None and not sampled:
+                    grad = policy_grad.add_(grad * weights[rows][tile, None])
                 gradient[tile] = grad
 
-        # Row factors go to the narrow side of the products, [rows, d], not to [rows, V].
-        row_factor = weights[rows] * factor
         if isinstance(teacher, SampledRows):
             log_q = values[rows]
             rewards = teacher.log_probs[rows].to(dtype) - log_q
@@ -320,7 +387,12 @@ def _solve(
             returns = teacher.returns(rows, rewards, following)
             following = returns[0]
             row_factor = row_factor * importance * returns
+            if policy is not None:
+                # Both gradients are multiples of that of -log q at the same token.
+                row_factor += factor * policy.weights[rows].to(dtype) * policy.value(rows, log_q)[1]
             values[rows] = -importance * rewards
+        elif policy is not None:
+            row_factor = torch.full_like(row_factor, factor)
         if gradient is None:
             continue
         if grad_hidden is not None:
@@ -331,7 +403,13 @@ def _solve(
             _add_product(grad_weight[:vocab_size], gradient.T, narrow)
         if grad_bias is not None:
             grad_bias[:vocab_size] += gradient.T.to(dtype) @ row_factor
-    loss = torch.dot(weights, values)
+    loss = torch.zeros((), dtype=dtype, device=hidden.device)
+    if policy is not None and policy_values is not None:
+        loss += torch.dot(policy.weights.to(dtype), policy_values)
+    if teacher is not None:
+        loss += torch.dot(weights, values)
+    elif policy_values is not None:
+        statistics[0] = policy_values
     if grad_weight is not None:
         grad_weight = grad_weight.to(head.weight.dtype)
     if grad_bias is not None and head.bias is not None:
@@ -362,7 +440,9 @@ class _Chunk:
         return self.product[tile], tuple(column[tile] for column in self.columns)
 
 
-def _chunks(hidden: Tensor, head: Head, teacher: TeacherRows, vocab_size: int, chunk_rows: int) -> Iterator[_Chunk]:
+def _chunks(
+    hidden: Tensor, head: Head, teacher: TeacherRows | None, vocab_size: int, chunk_rows: int
+) -> Iterator[_Chunk]:
     """The chunks from the last to the first, so that a discounted return is complete when its row comes. A chunk is
     valid until the next one is taken: they share buffers.
     """
@@ -388,7 +468,7 @@ def _chunks(hidden: Tensor, head: Head, teacher: TeacherRows, vocab_size: int, c
         elif isinstance(teacher, SparseRows):
             columns = (teacher.ids[rows].long(), teacher.log_probs[rows], teacher.log_tail[rows])
         else:
-            columns = (teacher.ids[rows].long(),)
+            columns = () if teacher is None else (teacher.ids[rows].long(),)
         yield _Chunk(rows, product, columns, student, teacher_head)
 
 
@@ -549,7 +629,7 @@ def _step(step: Callable[..., Any], hidden: Tensor) -> Callable[..., Any]:
     return _compiled(step) if hidden.is_cuda else step
 
 
-def _check(hidden: Tensor, head: Head, teacher: TeacherRows, vocab_size: int) -> None:
+def _check(hidden: Tensor, head: Head, teacher: TeacherRows | None, policy: PolicyRows | None, vocab_size: int) -> None:
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise TypeError(f"hidden rows are float32, bfloat16 or float64, not {hidden.dtype}")
     heads = {"student": head}
@@ -560,6 +640,11 @@ def _check(hidden: Tensor, head: Head, teacher: TeacherRows, vocab_size: int) ->
             raise TypeError(f"the {side}'s head is {one.weight.dtype}, the student's hidden rows are {hidden.dtype}")
         if len(one.weight) < vocab_size:
             raise ValueError(f"the {side}'s head has {len(one.weight)} rows for a vocabulary of {vocab_size}")
-    rows = len(teacher.hidden if isinstance(teacher, HiddenRows) else teacher.ids)
-    if rows != len(hidden):
-        raise ValueError(f"{rows} teacher rows for {len(hidden)} student rows")
+    counts = {}
+    if teacher is not None:
+        counts["teacher"] = len(teacher.hidden if isinstance(teacher, HiddenRows) else teacher.ids)
+    if policy is not None:
+        counts["policy"] = len(policy.ids)
+    for side, rows in counts.items():
+        if rows != len(hidden):
+            raise ValueError(f"{rows} {side} rows for {len(hidden)} student rows")

@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from s2w.config import Config
 from s2w.hardware import resolve_dtype
+from s2w.job import Job
 from s2w.learner import checkpoint
 from s2w.learner.batching import MicroBatch, plan_micro_batches
 from s2w.learner.divergence import make_divergence
 from s2w.learner.messages import MicroBatchWork, RankSpec, RankStep, StepRefusedError, sequence_length
 from s2w.learner.schedule import learning_rate
+from s2w.learner.signal_bias import summarise
 from s2w.records import Scored
+from s2w.teacher.routing import teacher_settings
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +63,14 @@ class LearnerStep:
     seconds: float
     signal_bytes: int
     """Taken out of the object store."""
+    fetch_seconds: float
+    """Getting and joining signals, beside the work; summed over the ranks."""
     wait_seconds: float
     """Time without work, waiting for signals; of the rank that waited longest."""
     micro_batches: int
     """Of each rank."""
+    signal_bias: dict[str, dict[str, float]]
+    """See :func:`s2w.learner.signal_bias.summarise`; empty unless signal.bias_every asks for it in this step."""
 
 
 class LearnerError(RuntimeError):
@@ -84,13 +91,16 @@ class LearnerGroup:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
-    async def start(cls, config: Config, student: Path, device: str, vocab_size: int) -> LearnerGroup:
+    async def start(
+        cls, config: Config, student: Path, device: str, vocab_size: int, chat_template: str | None = None
+    ) -> LearnerGroup:
         """Places the ranks, loads the student and the teacher's head.
 
         Args:
             student: directory of the checkpoint to start from.
             device: cuda or cpu.
             vocab_size: ids that student and teacher share.
+            chat_template: for the student's checkpoints, in place of the one in ``student``.
 
         Raises:
             TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``.
@@ -128,27 +138,29 @@ class LearnerGroup:
         try:
             async with asyncio.timeout(config.cluster.start_timeout_s):
                 await group._connect()
-                await group.build(student, vocab_size)
+                await group.build(student, vocab_size, chat_template)
         except BaseException:
             group.shutdown()
             raise
         return group
 
-    async def build(self, student: Path, vocab_size: int) -> None:
+    async def build(self, student: Path, vocab_size: int, chat_template: str | None = None) -> None:
         """Makes the engines anew from ``config``, with the weights in ``student`` and a fresh optimizer.
 
         Args:
             student: directory of the checkpoint to start from.
             vocab_size: ids that student and teacher share.
+            chat_template: for the student's checkpoints, in place of the one in ``student``.
         """
         config = self.config
         spec = RankSpec(
             learner=config.learner,
             loss=config.loss,
+            reward=config.reward,
             signal=config.signal.kind.value,
             student=student.absolute(),
-            teacher=config.teacher.model,
-            teacher_revision=config.teacher.revision,
+            chat_template=chat_template,
+            teachers={name: (teacher.model, teacher.revision) for name, teacher in teacher_settings(config).items()},
             vocab_size=vocab_size,
             device=self.device,
             dtype=resolve_dtype(config.learner.dtype, self.device),
@@ -170,7 +182,10 @@ class LearnerGroup:
         rate = learning_rate(self.config.learner, step, self.config.loop.steps)
         plan = _share_out(samples, self._plan(samples))
         tokens = sum(len(sample.rollout.sampled_rows) for sample in samples)
-        reports: list[RankStep] = await self._call("step", [(work, tokens, rate, step) for work in plan])
+        every = self.config.signal.bias_every
+        measure_bias = every > 0 and (step + 1) % every == 0
+        calls = [(work, tokens, rate, step, measure_bias) for work in plan]
+        reports: list[RankStep] = await self._call("step", calls)
 
         modes = [s.rollout.prompt.mode for work in plan for item in work if item.weighted for s in item.samples]
         counts = [len(s.rollout.sampled_rows) for work in plan for item in work if item.weighted for s in item.samples]
@@ -187,8 +202,10 @@ class LearnerGroup:
             learning_rate=rate,
             seconds=time.perf_counter() - began,
             signal_bytes=sum(report.signal_bytes for report in reports),
+            fetch_seconds=math.fsum(report.fetch_seconds for report in reports),
             wait_seconds=max(report.wait_seconds for report in reports),
             micro_batches=len(plan[0]),
+            signal_bias=summarise([report.signal_bias for report in reports]),
         )
 
     async def evaluate(self, samples: Sequence[Scored], divergences: Sequence[str]) -> dict[str, float]:
@@ -218,6 +235,22 @@ class LearnerGroup:
         sums = np.empty((len(samples), len(divergences)))
         sums[order] = np.concatenate(shares)
         return sums
+
+    async def teacher_log_probs(self, samples: Sequence[Scored]) -> list[np.ndarray]:
+        """Log-probs of the sampled tokens as the signals give them, for each sample float32 [m], in nats.
+
+        At temperature 1 with signal ``hidden``, at the loss's with the others; NaN where the token is not among the
+        ids of a ``topk`` or ``ids`` signal.
+
+        Raises:
+            ValueError: no samples, or one without sampled tokens.
+            SignalLostError: the message names the sample.
+        """
+        plan = self._plan(samples)
+        shares = await self._call("teacher_log_probs", [(work,) for work in _share_out(samples, plan)])
+        order = [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
+        by_sample = dict(zip(order, (values for share in shares for values in share), strict=True))
+        return [by_sample[i] for i in range(len(samples))]
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-prob of each token but the first, given those before it: float32 [n - 1], in nats."""
@@ -262,7 +295,7 @@ class LearnerGroup:
             )
         if state["config_hash"] != self._config_hash():
             logger.warning(
-                "the student, learner, loss or signal settings differ from those %s was made with", directory
+                "the student, learner, loss, reward or signal settings differ from those %s was made with", directory
             )
         await self._call("load", [(directory,)] * len(self.ranks))
         return state["step"], state["data"]
@@ -312,8 +345,16 @@ class LearnerGroup:
         for sample in samples:
             if len(sample.rollout.sampled_rows) == 0:
                 raise ValueError(f"rollout {sample.rollout.uid} has no sampled tokens")
-        lengths = [sequence_length(sample) for sample in samples]
-        return plan_micro_batches(lengths, self.config.learner.tokens_per_micro_batch, len(self.ranks))
+        plan: list[list[MicroBatch]] = [[] for _ in self.ranks]
+        # A micro-batch has one teacher, whose head it is multiplied with.
+        names = [sample.signal.name if sample.signal else "" for sample in samples]
+        for name in sorted(set(names)):
+            own = [index for index, owner in enumerate(names) if owner == name]
+            lengths = [sequence_length(samples[index]) for index in own]
+            part = plan_micro_batches(lengths, self.config.learner.tokens_per_micro_batch, len(self.ranks))
+            for rank, batches in zip(plan, part, strict=True):
+                rank += [replace(batch, samples=tuple(own[i] for i in batch.samples)) for batch in batches]
+        return plan
 
     def _shape(self) -> dict[str, Any]:
         """What DeepSpeed's files depend on."""
@@ -325,7 +366,8 @@ class LearnerGroup:
         }
 
     def _config_hash(self) -> str:
-        parts = {name: asdict(getattr(self.config, name)) for name in ("student", "learner", "loss", "signal")}
+        sections = ("student", "learner", "loss", "reward", "signal")
+        parts = {name: asdict(getattr(self.config, name)) for name in sections}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -349,3 +391,15 @@ def _environment(device: str) -> dict[str, str]:
         # Idle OpenMP threads must sleep: learner ranks and engines share the cores.
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     return environment
+
+
+async def start_learner(config: Config, student: Path, job: Job) -> LearnerGroup:
+    """The learner of one phase of ``job``: as :meth:`LearnerGroup.start`.
+
+    Args:
+        config: the job's, with what the phase changes.
+        student: directory of the checkpoint to start from.
+    """
+    facts = job.facts
+    template = str(facts.student.tokenizer.chat_template) if config.student.thinking_switch else None
+    return await LearnerGroup.start(config, student, job.device, facts.vocabulary.vocab_size, template)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from s2w.config import LearnerConfig, LossConfig
+from s2w.config import LearnerConfig, LossConfig, Objective, RewardConfig
+from s2w.learner.signal_bias import SignalSums
 from s2w.records import Scored, SignalKind
 
 STATISTICS = ("values", "student_entropy", "teacher_entropy", "agreement")
@@ -32,12 +33,14 @@ class RankSpec:
 
     learner: LearnerConfig
     loss: LossConfig
+    reward: RewardConfig
     signal: SignalKind
     student: Path
     """Directory of the checkpoint to start from."""
-    teacher: str
-    """Hub id or path of the teacher, whose head is loaded for signal ``hidden``."""
-    teacher_revision: str | None
+    chat_template: str | None
+    """Goes into the student's checkpoints in place of the template in ``student``; None leaves that one."""
+    teachers: dict[str, tuple[str, str | None]]
+    """By name, hub id or path and revision of each teacher, whose head is loaded for signal ``hidden``."""
     vocab_size: int
     """Ids that student and teacher share."""
     device: str
@@ -50,10 +53,15 @@ class RankSpec:
     run_dir: Path
     """Where the micro-batch of a refused step is written."""
 
+    @property
+    def reward_weight(self) -> float:
+        """Of the policy gradient; 0 where there is none."""
+        return 1.0 if self.loss.objective is Objective.grpo else self.reward.weight
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchWork:
-    """Samples of one micro-batch; not ``weighted``: only run to keep the ranks in step."""
+    """Samples of one micro-batch, all of one teacher; not ``weighted``: only run to keep the ranks in step."""
 
     samples: list[Scored]
     weighted: bool
@@ -70,8 +78,12 @@ class RankStep:
     grad_norm: float
     """Of the whole gradient, before clipping; the same on all ranks."""
     signal_bytes: int
+    fetch_seconds: float
+    """Getting and joining signals, beside the work."""
     wait_seconds: float
     """Time without work, waiting for signals."""
+    signal_bias: dict[str, SignalSums]
+    """Of the first micro-batch, where it was asked for."""
 
 
 def sequence_length(sample: Scored) -> int:

@@ -19,7 +19,16 @@ from transformers.initialization import no_init_weights
 
 from s2w.config import LossConfig
 from s2w.learner.divergence import Divergence
-from s2w.learner.fused_kl import Head, SampledRows, TeacherRows, divergence_loss, divergence_values
+from s2w.learner.fused_kl import (
+    Head,
+    HiddenRows,
+    PolicyRows,
+    SampledRows,
+    TeacherRows,
+    divergence_loss,
+    divergence_values,
+)
+from s2w.learner.signal_bias import signal_bias
 from s2w.teacher.head import logit_scale
 
 
@@ -67,25 +76,32 @@ class StudentModel(nn.Module):
         self,
         tokens: Tokens,
         teacher: TeacherRows | None = None,
-        row_weight: float = 1.0,
+        weights: torch.Tensor | None = None,
+        policy: PolicyRows | None = None,
         evaluate: Sequence[tuple[str, Divergence]] = (),
         log_probs: bool = False,
+        measure_bias: bool = False,
     ) -> dict[str, Any]:
         """Runs the student over a micro-batch.
 
         Args:
             teacher: the teacher's rows, [N].
-            row_weight: factor on the loss.
+            weights: [N] of the rows in the divergence's sum, 1 if None.
+            policy: a policy gradient to add; without ``teacher`` it is the whole loss.
             evaluate: names and divergences to compute without gradient, in place of the training loss.
             log_probs: return the log-probs of ``targets`` instead.
+            measure_bias: training with HiddenRows: add ``signal_bias``, see
+                :func:`s2w.learner.signal_bias.signal_bias`.
 
         Returns:
-            Training: ``loss``, a scalar, ``row_weight`` times the sum over the N rows, and float32 [N] ``values``,
-            ``student_entropy``, ``teacher_entropy``, ``agreement``.
+            Training: ``loss``, a scalar, the weighted sum over the N rows, and float32 [N] ``values``,
+            ``student_entropy``, ``teacher_entropy``, ``agreement``, see
+            :class:`~s2w.learner.fused_kl.DivergenceOutput`.
             ``evaluate``: float32 [N] by name, at the temperature of the loss. Signal ``sampled`` can only estimate
             ``reverse_kl``; the others are NaN.
             ``log_probs``: float32 [N] ``log_probs``, in nats, at temperature 1.
-            No ``teacher``: a ``loss`` of exactly 0 that depends on every weight, for a rank that only keeps in step.
+            Neither ``teacher`` nor ``policy``: a ``loss`` of exactly 0 that depends on every weight, for a rank that
+            only keeps in step.
         """
         hidden = self.lm.base_model(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, tokens.rows)
@@ -93,34 +109,41 @@ class StudentModel(nn.Module):
         if log_probs:
             log_q = head.logits(hidden)[:, : self.vocab_size].log_softmax(-1)
             return {"log_probs": log_q.gather(-1, tokens.targets[:, None])[:, 0]}
-        if teacher is None:
+        if teacher is None and policy is None:
             return {"loss": head.logits(hidden[:1]).sum() * 0.0}
         options: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "temperature": self.loss.temperature,
             "chunk_rows": self.loss.chunk_rows,
         }
-        if evaluate and not isinstance(teacher, SampledRows):
+        if evaluate and teacher is not None and not isinstance(teacher, SampledRows):
             return divergence_values(hidden, head, teacher, evaluate, **options)
         output = divergence_loss(
             hidden,
             head,
             teacher,
             self.divergence,
-            weights=hidden.new_full((len(hidden),), row_weight, dtype=torch.float32),
+            policy=policy,
+            weights=weights,
             temperature_squared=self.loss.temperature_squared,
             **options,
         )
         if evaluate:
             unknown = torch.full_like(output.values, torch.nan)
             return {name: output.values if name == "reverse_kl" else unknown for name, _ in evaluate}
-        return {
+        result: dict[str, Any] = {
             "loss": output.loss,
             "values": output.values,
             "student_entropy": output.student_entropy,
             "teacher_entropy": output.teacher_entropy,
             "agreement": output.agreement,
         }
+        if measure_bias and isinstance(teacher, HiddenRows):
+            # Here because the head is whole only here, at ZeRO stage 3.
+            result["signal_bias"] = signal_bias(
+                hidden, head, teacher, self.divergence, sampled_ids=tokens.targets, **options
+            )
+        return result
 
 
 def load_student(path: Path, dtype: torch.dtype, attention: str, zero3: dict[str, Any] | None) -> PreTrainedModel:

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.distributed import ReduceOp
 
-from s2w.config import LearnerConfig
+from s2w.config import LearnerConfig, Objective
 from s2w.hardware import core_count
 from s2w.learner import checkpoint
 from s2w.learner.divergence import Divergence, make_divergence
-from s2w.learner.fused_kl import Head, HiddenRows, SampledRows, SparseRows, TeacherRows
+from s2w.learner.fused_kl import Head, HiddenRows, PolicyRows, SampledRows, SparseRows, TeacherRows
 from s2w.learner.messages import (
     STATISTICS,
     MicroBatchWork,
@@ -32,10 +32,12 @@ from s2w.learner.messages import (
     SignalLostError,
     sequence_length,
 )
-from s2w.learner.signals import SignalStream, fetch
+from s2w.learner.signal_bias import SignalSums
+from s2w.learner.signals import Fetched, SignalStream, fetch
 from s2w.learner.student_model import StudentModel, Tokens, load_student
 from s2w.records import Scored
 from s2w.teacher.head import load_head
+from s2w.teacher.signal import hidden_rows
 from s2w.weights.names import CheckpointStream
 from s2w.weights.transfer import create_transfer
 
@@ -115,49 +117,63 @@ class LearnerRank:
             optimizer.register_step_pre_hook(self._clip_unsharded)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
-        self.teacher_head: Head | None = None
+        self.teacher_heads: dict[str, Head] = {}
         if spec.signal == "hidden":
-            head = load_head(spec.teacher, spec.teacher_revision)
             place = {"device": self.device, "dtype": getattr(torch, spec.dtype)}
-            bias = None if head.bias is None else head.bias.to(**place)
-            self.teacher_head = Head(head.weight.to(**place), bias, head.softcap, head.scale)
+            for name, (model, revision) in spec.teachers.items():
+                head = load_head(model, revision)
+                bias = None if head.bias is None else head.bias.to(**place)
+                self.teacher_heads[name] = Head(head.weight.to(**place), bias, head.softcap, head.scale)
         stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
         self.transfer = create_transfer(spec.device, stream, self.rank)
 
-    def step(self, work: Sequence[MicroBatchWork], global_tokens: int, learning_rate: float, step: int) -> RankStep:
+    def step(
+        self,
+        work: Sequence[MicroBatchWork],
+        global_tokens: int,
+        learning_rate: float,
+        step: int,
+        measure_bias: bool = False,
+    ) -> RankStep:
         """One optimizer step; collective.
 
-            The objective is the mean over all sampled tokens of the step, on whatever rank and in whatever micro-batch
-            they are: every token has the same weight, a long response counts for more than a short one.
+        The objective is the mean over all sampled tokens of the step, on whatever rank and in whatever micro-batch
+        they are: every token has the same weight, but for ``Scored.weight``, and a long response counts for more
+        than a short one.
 
-            Args:
-                work: this rank's micro-batches; equally many on every rank.
-                global_tokens: sampled response tokens of the step, over all ranks.
-                step: number of the step, for messages and file names.
+        Args:
+            work: this rank's micro-batches; equally many on every rank.
+            global_tokens: sampled response tokens of the step, over all ranks.
+            step: number of the step, for messages and file names.
+            measure_bias: compare the signals on the first micro-batch (:mod:`s2w.learner.signal_bias`).
 
-            Raises:
-                SignalLostError,
-        sequence_length, NonFiniteError: on all ranks, before the optimizer step; nothing has changed.
-                FloatingPointError: the gradient is not finite although the loss is. The weights are spoilt: load a
-                    checkpoint.
+        Raises:
+            SignalLostError, NonFiniteError: on all ranks, before the optimizer step; nothing has changed.
+            FloatingPointError: the gradient is not finite although the loss is. The weights are spoilt: load a
+                checkpoint.
         """
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        stream = SignalStream([item.samples if item.weighted else None for item in work])
+        stream = signal_stream(work)
         # DeepSpeed averages gradients over ranks: world undoes that.
         row_weight = self.world / global_tokens
         loss = torch.zeros((), device=self.device)
         statistics: list[torch.Tensor] = []
+        bias: dict[str, SignalSums] = {}
         lost: str | None = None
         for item, signals in zip(work, stream, strict=True):
             tokens = pack(item.samples).to(self.device)
             if signals is not None and signals.error is not None:
                 lost = lost or signals.error
-            if signals is None or signals.error is not None:
+            if not item.weighted or (signals is not None and signals.error is not None):
                 output = self.engine(tokens)
             else:
-                output = self.engine(tokens, self._teacher_rows(item.samples, signals.tensors), row_weight)
+                teacher = self._teacher_rows(item.samples, signals)
+                weights = self._rows(item.samples, [row_weight * sample.weight for sample in item.samples])
+                policy = self._policy_rows(item.samples, row_weight)
+                output = self.engine(tokens, teacher, weights, policy, measure_bias=measure_bias and not statistics)
+                bias |= output.get("signal_bias", {})
                 loss += output["loss"].detach()
                 statistics.append(torch.stack([output[name] for name in STATISTICS]))
             self.engine.backward(output["loss"], scale_wrt_gas=False)
@@ -174,11 +190,9 @@ class LearnerRank:
             grad_norm = float(self.engine.get_global_grad_norm())
         if not np.isfinite(grad_norm):
             raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm} although the loss is finite")
-        return RankStep(sums, loss.item() / row_weight, grad_norm, stream.nbytes, stream.waited)
+        return RankStep(sums, loss.item() / row_weight, grad_norm, stream.nbytes, stream.fetched, stream.waited, bias)
 
-    def evaluate(
-        self, work: Sequence[MicroBatchWork], divergences: Sequence[tuple[str, Divergence]]
-    ) -> np.ndarray:
+    def evaluate(self, work: Sequence[MicroBatchWork], divergences: Sequence[tuple[str, Divergence]]) -> np.ndarray:
         """Sums of divergences over each sample's sampled tokens, without gradient; collective.
 
         Returns:
@@ -190,20 +204,42 @@ class LearnerRank:
         self.engine.eval()
         sums = [np.zeros((0, len(divergences)))]
         lost: str | None = None
-        stream = SignalStream([item.samples if item.weighted else None for item in work])
+        stream = signal_stream(work)
         with torch.no_grad():
             for item, signals in zip(work, stream, strict=True):
                 tokens = pack(item.samples).to(self.device)
-                if signals is None or signals.error is not None:
+                if not item.weighted or (signals is not None and signals.error is not None):
                     lost = lost or (signals.error if signals is not None else None)
                     self.engine(tokens)
                     continue
-                teacher = self._teacher_rows(item.samples, signals.tensors)
+                teacher = self._teacher_rows(item.samples, signals)
                 values = self.engine(tokens, teacher, evaluate=divergences)
                 sums.append(sample_sums(item.samples, torch.stack([values[name] for name, _ in divergences])))
         if errors := self._gather_errors(lost):
             raise SignalLostError("; ".join(errors))
         return np.concatenate(sums)
+
+    def teacher_log_probs(self, work: Sequence[MicroBatchWork]) -> list[np.ndarray]:
+        """Log-prob of each sampled token as its signal gives it, of each sample of the weighted work; collective.
+
+        See :meth:`s2w.learner.group.LearnerGroup.teacher_log_probs`.
+        """
+        result: list[np.ndarray] = []
+        lost: str | None = None
+        stream = SignalStream([item.samples if item.weighted else None for item in work])
+        for item, signals in zip(work, stream, strict=True):
+            if signals is None or signals.error is not None:
+                lost = lost or (signals.error if signals is not None else None)
+                continue
+            ids, _ = self._sampled(item.samples)
+            teacher = self._teacher_rows(item.samples, signals)
+            assert teacher is not None
+            values = log_probs_at(teacher, ids, self.spec.vocab_size, self.spec.loss.chunk_rows)
+            counts = [len(sample.rollout.sampled_rows) for sample in item.samples]
+            result += [part.numpy() for part in values.float().cpu().split(counts)]
+        if errors := self._gather_errors(lost):
+            raise SignalLostError("; ".join(errors))
+        return result
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-prob of each token but the first, given those before it; collective.
@@ -246,7 +282,7 @@ class LearnerRank:
             if not isinstance(tensor, nn.Parameter)
         )
         checkpoint.write_weights(directory, chain(stream, buffers))
-        checkpoint.write_texts(directory, self.lm, self.spec.student)
+        checkpoint.write_texts(directory, self.lm, self.spec.student, self.spec.chat_template)
 
     def load(self, directory: Path) -> None:
         """Continues from a checkpoint; before the first step, since DeepSpeed loads only into a fresh engine;
@@ -260,20 +296,48 @@ class LearnerRank:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"])
 
-    def _teacher_rows(self, samples: Sequence[Scored], signal: dict[str, torch.Tensor]) -> TeacherRows:
-        signal = {name: tensor.to(self.device, non_blocking=True) for name, tensor in signal.items()}
+    def _teacher_rows(self, samples: Sequence[Scored], signals: Fetched | None) -> TeacherRows | None:
+        """What the teacher says, or stands for, at the sampled tokens; None where only rewards count."""
+        if signals is None:
+            cross_entropy = self.spec.loss.objective is Objective.cross_entropy
+            return SparseRows.certain(self._sampled(samples)[0]) if cross_entropy else None
+        signal = {name: tensor.to(self.device, non_blocking=True) for name, tensor in signals.tensors.items()}
         match self.spec.signal:
             case "hidden":
-                assert self.teacher_head is not None
-                return HiddenRows(signal["hidden"], self.teacher_head)
+                assert samples[0].signal is not None
+                return HiddenRows(
+                    hidden_rows(signal, getattr(torch, self.spec.dtype)), self.teacher_heads[samples[0].signal.name]
+                )
             case "topk" | "ids":
                 return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
             case "sampled":
-                ids = torch.from_numpy(np.concatenate([s.rollout.token_ids[s.rollout.sampled_rows] for s in samples]))
-                sampling = torch.from_numpy(
-                    np.concatenate([s.rollout.log_probs[s.rollout.sampled_rows] for s in samples])
-                )
-                return SampledRows(ids.long().to(self.device), signal["log_probs"], sampling.to(self.device))
+                ids, log_probs = self._sampled(samples)
+                return SampledRows(ids, signal["log_probs"], log_probs)
+
+    def _policy_rows(self, samples: Sequence[Scored], row_weight: float) -> PolicyRows | None:
+        """The policy gradient's rows; None where there is none."""
+        if not (weight := self.spec.reward_weight):
+            return None
+        ids, log_probs = self._sampled(samples)
+        return PolicyRows(
+            ids,
+            self._rows(samples, [sample.advantage for sample in samples]),
+            log_probs,
+            torch.full_like(log_probs, weight * row_weight),
+            (self.spec.reward.clip_low, self.spec.reward.clip_high),
+        )
+
+    def _sampled(self, samples: Sequence[Scored]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sampled tokens, int64 [N], and their log-probs when they were sampled, float32 [N]."""
+        rollouts = [sample.rollout for sample in samples]
+        ids = np.concatenate([rollout.token_ids[rollout.sampled_rows] for rollout in rollouts])
+        log_probs = np.concatenate([rollout.log_probs[rollout.sampled_rows] for rollout in rollouts])
+        return torch.from_numpy(ids).long().to(self.device), torch.from_numpy(log_probs).to(self.device)
+
+    def _rows(self, samples: Sequence[Scored], values: Sequence[float]) -> torch.Tensor:
+        """A value of each sample at each of its sampled tokens, float32 [N]."""
+        counts = [len(sample.rollout.sampled_rows) for sample in samples]
+        return torch.from_numpy(np.repeat(np.asarray(values, np.float32), counts)).to(self.device)
 
     def _agree_to_go_on(
         self, step: int, weighted: Sequence[MicroBatchWork], sums: np.ndarray, lost: str | None
@@ -296,7 +360,7 @@ class LearnerRank:
                     "uids": [s.rollout.uid for s in item.samples],
                     "prompts": [s.rollout.prompt.token_ids for s in item.samples],
                     "responses": [s.rollout.token_ids for s in item.samples],
-                    "signal": fetch(item.samples).tensors,
+                    "signal": fetch(item.samples).tensors if item.samples[0].signal else {},
                 },
                 path,
             )
@@ -386,6 +450,30 @@ def pack(samples: Sequence[Scored]) -> Tokens:
         rows.append(i * longest + len(sample.rollout.prompt.token_ids) - 1 + sampled)
         targets.append(sample.rollout.token_ids[sampled].astype(np.int64))
     return Tokens(input_ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)))
+
+
+def signal_stream(work: Sequence[MicroBatchWork]) -> SignalStream:
+    """The signals of the micro-batches that have them and count."""
+    return SignalStream([item.samples if item.weighted and item.samples[0].signal else None for item in work])
+
+
+@torch.no_grad()
+def log_probs_at(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk_rows: int) -> torch.Tensor:
+    """What ``teacher`` says of the tokens ``ids`` (int64 [N]): [N] nats, NaN where it says nothing.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        chunk_rows: most rows of a [rows, vocabulary] buffer.
+    """
+    if isinstance(teacher, SampledRows):
+        return teacher.log_probs
+    if isinstance(teacher, SparseRows):
+        there = teacher.ids == ids[:, None]
+        values = torch.where(there, teacher.log_probs, -torch.inf).amax(-1)
+        return values.masked_fill(~there.any(-1), torch.nan)
+    head = teacher.head.cut(vocab_size)
+    chunks = zip(teacher.hidden.split(chunk_rows), ids.split(chunk_rows), strict=True)
+    return torch.cat([head.logits(rows).log_softmax(-1).gather(-1, at[:, None])[:, 0] for rows, at in chunks])
 
 
 def sample_sums(samples: Sequence[Scored], statistics: torch.Tensor) -> np.ndarray:

@@ -6,6 +6,8 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
+from s2w.eval.grading import Graded
+from s2w.eval.report import mode_scores
 from s2w.learner.group import LearnerStep
 from s2w.observe.timeline import Stage, Timeline, merge, seconds
 from s2w.records import Scored, StepReport
@@ -35,6 +37,7 @@ class StepReporter:
         self,
         step: int,
         samples: list[Scored],
+        graded: list[Graded],
         update: LearnerStep,
         swap: SwapReport,
         probe: ProbeResult,
@@ -46,6 +49,7 @@ class StepReporter:
         Args:
             step: updates done, this one included.
             samples: the batch that was learned.
+            graded: its answers, in the same order.
             learning, swapping: when the update and the swap began, ``time.time()``.
         """
         now = time.time()
@@ -54,6 +58,7 @@ class StepReporter:
         response = sum(lengths)
         # The others are responses of the teacher (loop.off_policy_fraction).
         written = [rollout for rollout in rollouts if rollout.versions]
+        signals = [sample.signal for sample in samples if sample.signal]
         prompt = sum(len(rollout.prompt.token_ids) for rollout in rollouts)
         work = {
             "generate": (
@@ -61,8 +66,9 @@ class StepReporter:
                 self._worked("generate", [(r.engine, r.started, r.finished) for r in written], step),
             ),
             "score": (
-                prompt + response - sum(sample.signal.cached_tokens for sample in samples),
-                self._worked("score", [(s.signal.teacher, s.signal.started, s.signal.finished) for s in samples], step),
+                sum(len(sample.rollout.input_ids) for sample in samples if sample.signal)
+                - sum(signal.cached_tokens for signal in signals),
+                self._worked("score", [(s.teacher, s.started, s.finished) for s in signals], step),
             ),
             "learn": (prompt + response, self._worked("learn", [(0, learning, learning + update.seconds)], step)),
         }
@@ -88,19 +94,28 @@ class StepReporter:
             finish={reason: count / len(written) for reason, count in sorted(finish.items())},
             staleness_mean=sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
             staleness_max=max(age for age, _ in ages),
-            tokens_per_second={stage: tokens / spent for stage, (tokens, spent) in work.items()},
+            tokens_per_second={stage: tokens / spent if spent else 0.0 for stage, (tokens, spent) in work.items()},
             busy=self.timeline.busy(self._began, now),
-            signal_bytes_per_token=sum(sample.signal.nbytes for sample in samples) / response,
+            signal_bytes_per_token=sum(signal.nbytes for signal in signals) / response,
+            signal_seconds={
+                "put": sum(sample.signal.put_seconds for sample in samples if sample.signal is not None),
+                "fetch": update.fetch_seconds,
+                "wait": update.wait_seconds,
+            },
+            signal_bias=update.signal_bias,
             swap_ms=swap.pause_ms,
             probe_error=probe.mean,
             seconds=now - self._began,
+            by_mode=_by_mode(samples, graded, update),
         )
 
     def totals(self) -> dict[str, Any]:
         """``tokens_per_second`` by stage, ``swap_ms`` (median) and ``probe_error`` (largest) over the steps so far."""
         pauses = sorted(pause for pause, _ in self._swaps)
         return {
-            "tokens_per_second": {stage: self._tokens[stage] / self._seconds[stage] for stage in self._tokens},
+            "tokens_per_second": {
+                stage: self._tokens[stage] / spent for stage, spent in self._seconds.items() if spent
+            },
             "swap_ms": pauses[len(pauses) // 2] if pauses else None,
             "probe_error": max((error for _, error in self._swaps), default=None),
         }
@@ -114,3 +129,23 @@ class StepReporter:
             interval for actor, own in by_actor.items() for interval in self.timeline.add(stage, actor, own, step)
         ]
         return seconds(merge(merged))
+
+
+def _by_mode(samples: list[Scored], graded: list[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
+    """``StepReport.by_mode``: what the learner saw of each mode, and what its responses are worth."""
+    own = [one for sample, one in zip(samples, graded, strict=True) if sample.rollout.versions]
+    result = {}
+    for mode, scores in mode_scores(own).items():
+        means = update.by_mode[mode]
+        result[mode] = {
+            "responses": scores["prompts"],
+            "divergence": means.divergence,
+            "student_entropy": means.student_entropy,
+            "teacher_entropy": means.teacher_entropy,
+            **{
+                name: scores[name]
+                for name in ("response_length", "truncated", "obedience", "accuracy")
+                if name in scores
+            },
+        }
+    return result

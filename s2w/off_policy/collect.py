@@ -31,6 +31,7 @@ class TeacherResponses:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._filtered: Filtered | None = None
         self._split: Split | None = None
 
     async def split(self) -> Split:
@@ -40,14 +41,21 @@ class TeacherResponses:
             ConfigError: as of :func:`collect` and :func:`~s2w.off_policy.batches.split`.
         """
         if self._split is None:
-            job, config = self._job, self._job.config
-            responses = await collect(config, job.facts, job.device, job.directory / DIRECTORY, job.progress)
-            self._split = split(responses, config.off_policy.heldout_responses, config.run.seed)
+            off_policy = self._job.config.off_policy
+            self._split = split((await self.filtered()).kept, off_policy.heldout_responses, self._job.config.run.seed)
         return self._split
 
+    async def filtered(self) -> Filtered:
+        """All of them, with the filter that dropped each that was dropped."""
+        if self._filtered is None:
+            job = self._job
+            directory = job.directory / DIRECTORY
+            self._filtered = await collect(job.config, job.facts, job.device, directory, job.progress)
+        return self._filtered
 
-async def collect(config: Config, facts: Facts, device: str, directory: Path, progress: Progress) -> list[Response]:
-    """Responses that passed the filters; those that are missing are generated first.
+
+async def collect(config: Config, facts: Facts, device: str, directory: Path, progress: Progress) -> Filtered:
+    """The responses, and what the filters made of them; those that are missing are generated first.
 
     Writes the shards, ``filters.json`` and ``dropped.parquet`` (with the column ``reason``) into ``directory``.
 
@@ -76,7 +84,7 @@ async def collect(config: Config, facts: Facts, device: str, directory: Path, pr
             f"none of the teacher's responses passed the filters; {directory / DROPPED} holds them:\n{filtered.text()}"
         )
     progress.say(filtered.text())
-    return filtered.kept
+    return filtered
 
 
 def _filter(config: Config, facts: Facts, responses: list[Response]) -> Filtered:

@@ -1,9 +1,9 @@
 """The off-policy phase: the teacher's responses -> filters -> updates of the student; a checkpoint in, one out.
 
 With ``off_policy.loss=cross_entropy`` the student minimises the log-loss of the responses' tokens. That is the
-forward KL to the distribution that is 1 at the token, so the same kernel computes it: signal ``topk`` with that one
-id, log-prob 0 and an empty tail. With ``divergence`` the teacher scores the responses and the student minimises
-``loss.divergence`` on them: GKD (Agarwal et al. 2024, arXiv 2306.13649) with lambda = 0.
+forward KL to the distribution that is 1 at the token, so the same kernel computes it. With ``divergence`` the teacher
+scores the responses and the student minimises ``loss.divergence`` on them: GKD (Agarwal et al. 2024, arXiv
+2306.13649) with lambda = 0.
 """
 
 from __future__ import annotations
@@ -15,23 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray
-
-from s2w.config import Config, OffPolicyConfig, OffPolicyLoss, SignalConfig, SignalKind
+from s2w.config import Config, Objective, OffPolicyConfig
 from s2w.errors import ConfigError
-from s2w.hardware import resolve_dtype
 from s2w.job import Job
 from s2w.learner import checkpoint
-from s2w.learner.group import LearnerGroup
+from s2w.learner.group import LearnerGroup, start_learner
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.off_policy.batches import ResponseStream
 from s2w.off_policy.collect import DIRECTORY, TeacherResponses
 from s2w.off_policy.response import Response
-from s2w.records import OffPolicyHeldout, OffPolicyReport, Rollout, Scored, TeacherSignal
-from s2w.teacher.pool import TeacherPool
-from s2w.teacher.signal import Payload, nbytes
+from s2w.records import OffPolicyHeldout, OffPolicyReport, Scored
+from s2w.teacher.routing import Teachers
 
 CHECKPOINTS = DIRECTORY / "checkpoints"
 
@@ -46,41 +41,12 @@ def learner_settings(config: Config) -> Config:
         warmup_steps=off.warmup_steps,
         min_lr_ratio=off.min_lr_ratio,
     )
-    settings = replace(config, learner=learner, loop=replace(config.loop, steps=off.steps))
-    if off.loss is OffPolicyLoss.divergence:
-        return settings
-    one_hot_signal = SignalConfig(SignalKind.topk, top_k=1)
-    return replace(settings, signal=one_hot_signal, loss=replace(config.loss, divergence="forward_kl", temperature=1.0))
-
-
-def one_hot(token_ids: np.ndarray) -> Payload:
-    """Payload of a teacher that is certain of each response token.
-
-    Args:
-        token_ids: int32 [n].
-    """
-    rows = len(token_ids)
-    return {
-        "ids": token_ids[:, None],
-        "log_probs": np.zeros((rows, 1), np.float32),
-        "log_tail": np.full(rows, -np.inf, np.float32),
-    }
-
-
-def certain(rollout: Rollout) -> TeacherSignal:
-    """The signal with the payload of :func:`one_hot`; no teacher is asked."""
-    payload = one_hot(rollout.token_ids)
-    now = time.time()
-    return TeacherSignal(
-        kind="topk",
-        rows=len(rollout.token_ids),
-        payload=ray.put(payload),
-        nbytes=nbytes(payload),
-        teacher=-1,
-        started=now,
-        finished=now,
-        cached_tokens=0,
-    )
+    # The teacher's responses are learned by that alone, whatever the on-policy phase does.
+    loss = replace(config.loss, objective=off.loss)
+    if off.loss is Objective.cross_entropy:
+        loss = replace(loss, divergence="forward_kl", temperature=1.0)
+    loop, reward = replace(config.loop, steps=off.steps), replace(config.reward, weight=0.0)
+    return replace(config, learner=learner, loop=loop, loss=loss, reward=reward)
 
 
 async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses) -> Path:
@@ -99,7 +65,7 @@ async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses
     Raises:
         ConfigError: no responses to learn from, or others than those of the checkpoint to continue from.
     """
-    config, facts, device, progress = job.config, job.facts, job.device, job.progress
+    config, device, progress = job.config, job.device, job.progress
     off, checkpoints = config.off_policy, job.directory / CHECKPOINTS
     last = checkpoint.latest(checkpoints) if config.run.resume else None
     state: dict[str, Any] = checkpoint.read_state(last) if last else {"step": 0}
@@ -114,21 +80,14 @@ async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses
         progress.say(f"continues after off-policy step {state['step']} from {last}")
 
     settings = learner_settings(config)
-    teachers: TeacherPool | None = None
+    teachers: Teachers | None = None
     learner: LearnerGroup | None = None
     progress.say(f"{off.steps:,} off-policy steps on {len(responses.train):,} responses; starting the learner ...")
     try:
         async with asyncio.TaskGroup() as group:
-            starting = group.create_task(LearnerGroup.start(settings, student, device, facts.vocabulary.vocab_size))
-            if off.loss is OffPolicyLoss.divergence:
-                teachers = TeacherPool(
-                    config.teacher,
-                    config.signal,
-                    config.loss.temperature,
-                    device=device,
-                    dtype=resolve_dtype(config.teacher.dtype, device),
-                    max_model_len=config.data.max_prompt_tokens + off.max_tokens,
-                )
+            starting = group.create_task(start_learner(settings, student, job))
+            if off.loss is Objective.divergence:
+                teachers = Teachers(config, device, config.data.max_prompt_tokens + off.max_tokens)
                 group.create_task(teachers.start(config.cluster.start_timeout_s))
         learner = starting.result()
         if last:
@@ -179,7 +138,7 @@ class OffPolicyPhase:
         stream: ResponseStream,
         heldout: list[Response],
         learner: LearnerGroup,
-        teachers: TeacherPool | None,
+        teachers: Teachers | None,
         deterministic: bool,
         recorder: Recorder,
         progress: Progress,
@@ -245,8 +204,8 @@ class OffPolicyPhase:
         rollouts = [response.as_rollout() for response in responses]
         teachers = self.teachers
         if teachers is None:
-            signals = [certain(rollout) for rollout in rollouts]
-        elif self.deterministic:
+            return [Scored(rollout, None) for rollout in rollouts]
+        if self.deterministic:
             signals = await teachers.score_batch(rollouts)
         else:
             async with asyncio.TaskGroup() as group:

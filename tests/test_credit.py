@@ -1,0 +1,81 @@
+"""Advantages of verified rewards, and weights by the teacher's reliability."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from s2w.config import RewardConfig
+from s2w.credit import Credit, group_advantages, prompt_key, reliability
+from s2w.eval.grading import Graded
+from s2w.off_policy.response import Response
+from s2w.records import Mode, Prompt, Rollout, Scored, VersionSpan
+
+
+def prompt(uid: str, mode: Mode = "think", seed: int = 0) -> Prompt:
+    messages = ({"role": "user", "content": f"question {uid}"},)
+    return Prompt(uid, messages, np.zeros(2, np.int32), mode, seed, task="exact_match", answer="1")
+
+
+def sample(of: Prompt, index: int, *, written: bool = True) -> Scored:
+    spans = (VersionSpan(0, 3, 0),) if written else ()
+    return Scored(Rollout(of, index, np.zeros(3, np.int32), np.zeros(3, np.float32), spans, "stop", 0, 0.0, 1.0), None)
+
+
+def grade(of: Prompt, correct: bool) -> Graded:
+    return Graded(of.uid, of.task, of.mode, correct, obedient=True, truncated=False, forced=False, tokens=3)
+
+
+def response(of: Prompt, index: int) -> Response:
+    return Response(of, index, np.zeros(3, np.int32), "1", "stop")
+
+
+def test_advantages_by_hand() -> None:
+    rewards, groups = [1, 0, 0, 1, 1, 1, 0], ["a", "a", "a", "a", "b", "b", "c"]
+    got = group_advantages(rewards, groups, normalize=True)
+    # a: mean 0.5, deviation 0.5; b: all right; c: alone.
+    np.testing.assert_allclose(got, [1, -1, -1, 1, 0, 0, 0])
+    np.testing.assert_allclose(group_advantages(rewards, groups, normalize=False), [0.5, -0.5, -0.5, 0.5, 0, 0, 0])
+
+
+@pytest.mark.parametrize("right", range(1, 8))
+def test_normalised_advantages_have_mean_0_and_deviation_1(right: int) -> None:
+    got = group_advantages([1.0] * right + [0.0] * (8 - right), [0] * 8, normalize=True)
+    assert abs(got.mean()) < 1e-12 and abs(got.std() - 1) < 1e-12
+
+
+def test_groups_are_uses_of_a_prompt_in_a_mode() -> None:
+    """The same prompt in two modes, or twice in a batch (two epochs), is two groups."""
+    prompts = [prompt("p"), prompt("p", "no_think"), prompt("p", seed=1)]
+    samples = [sample(one, index) for one in prompts for index in range(2)]
+    graded = [grade(one.rollout.prompt, correct) for one, correct in zip(samples, [1, 0, 1, 1, 0, 1], strict=True)]
+    credited = Credit(RewardConfig(), {}, 1.0).assign(samples, graded)
+    assert [one.advantage for one in credited] == [1, -1, 0, 0, -1, 1]
+
+
+def test_teacher_responses_take_no_part() -> None:
+    of = prompt("p")
+    samples = [sample(of, 0), sample(of, 1), sample(of, 2, written=False)]
+    credited = Credit(RewardConfig(), {}, 1.0).assign(samples, [grade(of, True), grade(of, False), grade(of, True)])
+    assert [one.advantage for one in credited] == [1, -1, 0]
+
+
+def test_no_reward() -> None:
+    of = prompt("p")
+    credited = Credit(None, {}, 1.0).assign([sample(of, 0), sample(of, 1)], [grade(of, True), grade(of, False)])
+    assert [(one.advantage, one.weight) for one in credited] == [(0, 1), (0, 1)]
+
+
+def test_reliability_weighs_prompts() -> None:
+    good, mixed, bad, unknown = (prompt(name) for name in "gmbu")
+    right = [response(good, 0), response(good, 1), response(mixed, 0)]
+    wrong = [response(mixed, 1), response(mixed, 2), response(bad, 0)]
+    shares = reliability(right, wrong)
+    assert shares[prompt_key(mixed)] == pytest.approx(1 / 3)
+    credit = Credit(None, shares, 0.25)
+    # The weight knows the messages and the mode, not the uid: a file of responses has uids of its own.
+    renamed = dataclasses.replace(mixed, uid="elsewhere/3")
+    weights = [credit.weight(one) for one in (good, renamed, bad, unknown, prompt("b", "no_think"))]
+    assert weights == pytest.approx([1, 0.25 + 0.75 / 3, 0.25, 1, 1])
