@@ -92,7 +92,7 @@ def off_policy(recorder: Recorder, directory: Path) -> None:
 
 def step_report(step: int, steps: int, draw: np.random.Generator) -> StepReport:
     kl = 4.0 - 3.0 * step / steps
-    by_mode = {
+    by_mode: dict[str, dict[str, float]] = {
         mode: {
             "responses": 8,
             "divergence": kl + (0.2 if mode == "think" else -0.2),

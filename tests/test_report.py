@@ -46,7 +46,7 @@ def test_before_and_after(example: Path) -> None:
     assert forward.change.value == pytest.approx(forward.after.value - forward.before.value, rel=1e-12)
     assert forward.before.low < forward.before.value < forward.before.high
     accuracy = lines["accuracy", "think"]
-    right = sum(one.correct for one in run.responses_at(0, "think"))
+    right = sum(one.correct is True for one in run.responses_at(0, "think"))
     assert accuracy.before == wilson(right, PROMPTS)
     verdicts = {key: line.verdict for key, line in lines.items()}
     assert (

@@ -25,7 +25,7 @@ BLUE, ORANGE, GREEN, PURPLE, VERMILION, BLACK = "#0072B2", "#E69F00", "#009E73",
 MODE_COLOURS: dict[Mode, str] = {"think": BLUE, "no_think": VERMILION}
 STAGE_COLOURS: dict[Stage, str] = dict(zip(STAGES, (BLUE, ORANGE, GREEN, PURPLE), strict=True))
 IDLE = "#f0f0f0"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",

@@ -89,7 +89,7 @@ def read_run(directory: Path) -> Run:
             raise ConfigError(f"{str(directory)!r} is no run directory: it has no {name}")
     text = (directory / "config.yaml").read_text()
     try:
-        config = OmegaConf.to_container(OmegaConf.create(text))
+        config: Any = OmegaConf.to_container(OmegaConf.create(text))
     except YAMLError as error:
         raise ConfigError(f"{str(directory / 'config.yaml')!r} is not YAML: {error}") from error
     if not isinstance(config, dict) or not {"loop", "loss", "off_policy", "run", "student", "teacher"} <= config.keys():
