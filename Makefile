@@ -5,7 +5,7 @@ PIP := .venv/bin/pip --disable-pip-version-check --quiet
 PY := .venv/bin/python
 export S2W_HOME ?= $(HOME)/.cache/s2w
 
-.PHONY: setup quickstart smollm2 test test-long lint format
+.PHONY: setup quickstart smollm2 table21 test test-long lint format
 
 setup: .venv/ready
 
@@ -21,10 +21,14 @@ setup: .venv/ready
 	$(PY) -m s2w.models.smollm2
 	touch $@
 
-quickstart: smollm2
+quickstart: setup
+	.venv/bin/s2w train experiment=testbed
 
 smollm2: setup
 	.venv/bin/s2w train experiment=smollm2
+
+table21: setup
+	$(PY) benchmarks/table21.py --json table21.json
 
 test: setup
 	$(PY) -m pytest -m 'not long' tests

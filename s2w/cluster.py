@@ -13,6 +13,9 @@ from s2w.errors import ConfigError
 
 def connect(cluster: ClusterConfig) -> None:
     """Joins the Ray cluster, or starts one on this machine."""
+    # Ray says at every start that its default, a token, is on.
+    token_setup = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    token_setup.addFilter(lambda record: "is enabled" not in record.getMessage())
     ray.init(
         address=cluster.address,
         include_dashboard=False if cluster.address is None and "RAY_ADDRESS" not in os.environ else None,

@@ -289,7 +289,7 @@ class LoopConfig:
     """The loop: generate, score, update, hot swap."""
 
     steps: int = 100
-    """Updates of the student."""
+    """Updates of the student; 0 leaves the on-policy phase out."""
     prompts_per_step: int = 64
     """Prompts of a batch."""
     samples_per_prompt: int = 1

@@ -115,7 +115,8 @@ async def _run(
         teacher_responses = TeacherResponses(job)
         if config.off_policy.steps:
             student = await off_policy.run_phase(job, student, teacher_responses)
-        await _on_policy(job, student, teacher_responses, prompts, heldout, reporter, on_batch)
+        if config.loop.steps:
+            await _on_policy(job, student, teacher_responses, prompts, heldout, reporter, on_batch)
         summary = summarise(recorder, reporter, time.time() - began)
         recorder.summary(summary)
         job.progress.summary(summary)
@@ -228,21 +229,17 @@ async def make_credit(config: Config, teacher_responses: TeacherResponses) -> Cr
 def summarise(recorder: Recorder, reporter: StepReporter, wall_seconds: float) -> dict[str, Any]:
     """``summary.json``: held-out KL before the first and after the last on-policy update, what the run cost, and the
     off-policy phase's held-out loss before and after."""
-    evaluations = recorder.evaluations()
-    before, after = evaluations[0], evaluations[-1]
-    summary = {
-        "heldout": {
+    summary: dict[str, Any] = {**reporter.totals(), "wall_seconds": wall_seconds}
+    if evaluations := recorder.evaluations():
+        summary["heldout"] = {
             moment: {
                 "forward_kl": result.forward_kl,
                 "reverse_kl": result.reverse_kl,
                 "version": result.version,
                 "by_mode": result.by_mode,
             }
-            for moment, result in (("before", before), ("after", after))
-        },
-        **reporter.totals(),
-        "wall_seconds": wall_seconds,
-    }
+            for moment, result in (("before", evaluations[0]), ("after", evaluations[-1]))
+        }
     if losses := recorder.off_policy_evaluations():
         moments = {"before": losses[0], "after": losses[-1]}
         summary["off_policy"] = {name: {"loss": result.loss, "step": result.step} for name, result in moments.items()}

@@ -221,6 +221,8 @@ def _check_numbers(config: Config) -> None:
             f"data.think_ratio={data.think_ratio} mixes two modes, and data.modes has {data.modes[0].value} alone: "
             "leave one of them out"
         )
+    if config.loop.steps == config.off_policy.steps == 0:
+        raise ConfigError("loop.steps=0 and off_policy.steps=0: there is nothing to do; give one of them steps")
     if config.cluster.device not in ("auto", "cuda", "cpu"):
         raise ConfigError(f"cluster.device={config.cluster.device}: write auto, cuda or cpu")
     if config.run.deterministic and config.loop.max_staleness:

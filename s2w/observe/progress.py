@@ -91,18 +91,23 @@ class Progress:
 
     def summary(self, summary: dict[str, Any]) -> None:
         """What the run ends with; ``summary`` is that of summary.json."""
-        before, after = summary["heldout"]["before"], summary["heldout"]["after"]
         self.say("")
         if off_policy := summary.get("off_policy"):
             self.say(
                 f"off-policy held-out loss, nats a token: {off_policy['before']['loss']:.4f} before, "
                 f"{off_policy['after']['loss']:.4f} after {off_policy['after']['step']} steps"
             )
-        self.say(f"{'held-out KL, nats a token':<28}{'before':>10}{'after':>10}{'ratio':>9}")
-        rows = {"forward_kl": "forward, KL(teacher||student)", "reverse_kl": "reverse, KL(student||teacher)"}
-        for name, text in rows.items():
-            ratio = after[name] / before[name] if before[name] else float("nan")
-            self.say(f"{text:<29}{before[name]:>9.4f}{after[name]:>10.4f}{ratio:>9.3f}")
+        if heldout := summary.get("heldout"):
+            before, after = heldout["before"], heldout["after"]
+            self.say(f"{'held-out KL, nats a token':<28}{'before':>10}{'after':>10}{'ratio':>9}")
+            rows = {"forward_kl": "forward, KL(teacher||student)", "reverse_kl": "reverse, KL(student||teacher)"}
+            for name, text in rows.items():
+                ratio = after[name] / before[name] if before[name] else float("nan")
+                self.say(f"{text:<29}{before[name]:>9.4f}{after[name]:>10.4f}{ratio:>9.3f}")
+            for mode, scores in after["by_mode"].items():
+                if "accuracy" in scores and "accuracy" in (first := before["by_mode"].get(mode, {})):
+                    text = f"accuracy, {mode}"
+                    self.say(f"{text:<29}{first['accuracy']:>9.3f}{scores['accuracy']:>10.3f}")
         rates = summary["tokens_per_second"]
         if rates:
             self.say("tokens per second: " + ", ".join(f"{stage} {rate:,.0f}" for stage, rate in rates.items()))
