@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s2w.errors import ConfigError
+from s2w.errors import ConfigError, PreflightError
 
 if TYPE_CHECKING:
     from s2w.compose import Root
@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"s2w: {error}", file=sys.stderr)
         return 2
+    except PreflightError as error:
+        print(f"s2w: {error}", file=sys.stderr)
+        return 1
 
 
 def _train(arguments: list[str]) -> int:
