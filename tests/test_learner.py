@@ -17,7 +17,7 @@ from tiny_models import VOCAB_SIZE, Kind, make_checkpoint
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from s2w.config import Config, Schedule, SignalKind
+from s2w.config import Config, Objective, Schedule, SignalKind
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerError, LearnerGroup, LearnerStep
 from s2w.learner.messages import NonFiniteError, SignalLostError
@@ -379,3 +379,63 @@ def test_no_room_for_the_ranks(world: World) -> None:
     config.learner.ranks, config.learner.cpus, config.cluster.start_timeout_s = 2, 64.0, 1
     with pytest.raises(TimeoutError, match="no room for 2 learner ranks"):
         world.run(LearnerGroup.start(config, world.students["tied"], "cpu", VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("objective", ["grpo", "kdrl", "cross_entropy"])
+def test_other_objectives(world: World, objective: str) -> None:
+    """GRPO alone; KDRL with samples of unlike weight and two teachers of unlike width; cross-entropy: against autograd
+    in one process.
+
+    The sums differ in order, hence 1e-5; the gradient's norm passes two more matrix products.
+    """
+    student = AutoModelForCausalLM.from_pretrained(world.students["tied"], dtype=torch.float32)
+    other_path = make_checkpoint(world.root / f"other_{objective}", "untied", 7, hidden_size=64)
+    other = AutoModelForCausalLM.from_pretrained(other_path)
+    generator = np.random.default_rng(3)
+    samples, clip, beta = [], (0.2, 0.3), 0.7
+    tokens = sum(int(learned(sample).sum()) for sample in world.batches[0])
+    loss = torch.zeros(())
+    for sample in world.batches[0]:
+        teacher = world.teacher
+        if objective == "kdrl" and sample.rollout.prompt.mode == "no_think":
+            teacher = other
+            ids, start = torch.from_numpy(sample.rollout.input_ids).long(), len(sample.rollout.prompt.token_ids) - 1
+            with torch.no_grad():
+                hidden = other.model(ids[None]).last_hidden_state[0, start:-1].contiguous().numpy()
+            sample = with_payload(sample.rollout, {"hidden": hidden, "dtype": "float32"})
+            sample = replace(sample, signal=replace(sample.signal, name="other"))
+        log_q = log_probs(student, sample)
+        chosen = log_q.gather(-1, torch.from_numpy(sample.rollout.token_ids).long()[:, None])[:, 0]
+        sampled = chosen.detach() + 0.3 * torch.from_numpy(generator.standard_normal(len(chosen))).float()
+        sample = replace(
+            sample,
+            rollout=replace(sample.rollout, log_probs=sampled.numpy()),
+            advantage=float(generator.standard_normal()),
+            weight=float(generator.random()) if objective == "kdrl" else 1.0,
+            signal=sample.signal if objective == "kdrl" else None,
+        )
+        samples.append(sample)
+        rows = learned(sample)
+        ratio = (chosen - sampled).exp()
+        surrogate = -torch.minimum(ratio * sample.advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * sample.advantage)
+        with torch.no_grad():
+            log_p = log_probs(teacher, sample)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        term = {"grpo": surrogate, "kdrl": sample.weight * kl + beta * surrogate, "cross_entropy": -chosen}[objective]
+        loss = loss + term[rows].sum() / tokens
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+
+    config = world.group.config
+    config.teachers = {"other": {"model": str(other_path), "modes": ["no_think"]}}
+    config.reward.clip_low, config.reward.clip_high = clip
+    config.reward.weight = beta if objective == "kdrl" else 0.0
+    config.loss.objective = Objective.divergence if objective == "kdrl" else Objective(objective)
+    config.signal.kind = SignalKind.hidden
+    try:
+        group = world.build("tied", 2)
+        report = world.run(group.step(samples, 0))
+    finally:
+        config.teachers, config.loss.objective, config.reward.weight = {}, Objective.divergence, 0.0
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
+    assert report.grad_norm == pytest.approx(norm.item(), rel=1e-4)

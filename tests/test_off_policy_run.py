@@ -46,6 +46,8 @@ class World:
     """What all tests share."""
 
     teacher: Path
+    other_teacher: Path
+    """Narrower; it takes the prompts in no_think mode."""
     directory: Path
 
     def overrides(self, name: str) -> list[str]:
@@ -61,13 +63,15 @@ class World:
             "off_policy.responses_per_step=8", "off_policy.learning_rate=1e-2", "off_policy.heldout_responses=4",
             "off_policy.shard_responses=4", "off_policy.temperature=1", "off_policy.top_p=1", "off_policy.top_k=-1",
             "cluster.device=cpu", "run.deterministic=true", NO_FILTERS,
+            f"teachers.plain={{model: {self.other_teacher}, modes: [no_think]}}",
         ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("off_policy")
-    return World(make_checkpoint(root / "teacher", "untied", 1), root)
+    other = make_checkpoint(root / "other", "untied", 2, hidden_size=64)
+    return World(make_checkpoint(root / "teacher", "untied", 1), other, root)
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, method: str, when: Callable[..., bool]) -> None:
@@ -101,7 +105,7 @@ class Story:
     def responses(self) -> list[Response]:
         """Those that passed the filters; nothing is generated for it."""
         config = compose([*self.overrides, "run.resume=true"])
-        return asyncio.run(collect(config, check(config), "cpu", self.directory / "off_policy", Progress(1, "")))
+        return asyncio.run(collect(config, check(config), "cpu", self.directory / "off_policy", Progress(1, ""))).kept
 
     def shards(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted((self.directory / "off_policy").glob("shard-*"))}
@@ -200,6 +204,28 @@ def test_a_share_of_each_batch_is_the_teachers(story: Story) -> None:
     assert line["response_tokens"] == sum(lengths) + len(response.token_ids)
 
 
+def test_teachers_differ_by_mode(story: Story, world: World) -> None:
+    """Each response has the hidden rows of the teacher that takes its mode; in the held-out evaluations too."""
+    models = {"teacher": load(world.teacher), "plain": load(world.other_teacher)}
+    for sample in (sample for batch in story.batches for sample in batch):
+        assert sample.signal is not None
+        assert sample.signal.name == ("plain" if sample.rollout.prompt.mode == "no_think" else "teacher")
+        # Payloads are gone with the cluster; their size tells the width: 64 or 128 values in float32.
+        width = models[sample.signal.name].config.hidden_size
+        assert sample.signal.nbytes == 4 * width * len(sample.rollout.token_ids)
+    # Both heads at work: the first evaluation's KL is that of two models in one process.
+    start = load(story.directory / "off_policy" / "checkpoints" / "latest")
+    divergences = []
+    for sample in story.batches[0]:
+        assert sample.signal is not None
+        log_p, log_q = (distributions(model, sample.rollout) for model in (models[sample.signal.name], start))
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    # float32 both; vLLM's kernels.
+    assert story.lines("heldout.jsonl")[0]["forward_kl"] == pytest.approx(
+        torch.cat(divergences).mean().item(), rel=1e-4
+    )
+
+
 def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story: Story, world: World) -> None:
     config = compose(
         [
@@ -223,10 +249,10 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
     first, second = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert last.name == "step_000002" and second["step"] == 2
     stream = ResponseStream(split(read_dataset(config, facts), 4, seed=0).train, 8, seed=0)
-    models = load(world.teacher), load(student)
+    teachers, model = {"think": load(world.teacher), "no_think": load(world.other_teacher)}, load(student)
     divergences = []
     for response in stream.batch(0):
-        log_p, log_q = (distributions(model, response) for model in models)
+        log_p, log_q = (distributions(one, response) for one in (teachers[response.prompt.mode], model))
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
     # float32 both; the teacher's hidden rows come out of vLLM.
     assert first["loss"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-4)

@@ -169,6 +169,7 @@ def test_the_controller_holds_no_tensor(whole: Run) -> None:
     for samples in whole.batches:
         for sample in samples:
             tokens += len(sample.rollout.token_ids) + len(sample.rollout.prompt.token_ids)
+            assert sample.signal is not None
             signal_bytes += sample.signal.nbytes
             arrays = [sample.rollout.token_ids, sample.rollout.log_probs, sample.rollout.prompt.token_ids]
             record_bytes += sum(array.nbytes for array in arrays)
@@ -196,7 +197,7 @@ def test_staleness_one_overlaps_and_stays_within_its_bound(job: Callable[..., Ru
     assert max(line["staleness_max"] for line in run.metrics) == 1
     assert run.metrics[0]["staleness_max"] == 0
     assert {sample.rollout.engine for samples in run.batches for sample in samples} == {0, 1}
-    assert {sample.signal.kind for samples in run.batches for sample in samples} == {"topk"}
+    assert {sample.signal and sample.signal.kind for samples in run.batches for sample in samples} == {"topk"}
     heldout = [json.loads(line)["version"] for line in (run.directory / "heldout.jsonl").read_text().splitlines()]
     assert heldout == [0, 2, 4]
 
@@ -205,3 +206,19 @@ def test_too_few_cpus_are_said_before_a_model_loads(job: Callable[..., Run], run
     with pytest.raises(ConfigError, match=r"reserves 1000\.4 CPUs .* but the cluster has \d+:"):
         job("greedy", "rollout.cpus=1000", "loop.steps=1")
     assert not (runs / "greedy").exists()
+
+
+@pytest.mark.long
+def test_grpo(job: Callable[..., Run]) -> None:
+    """Rewards alone: no teacher is asked about a training batch, only about the held-out ones."""
+    run = job(
+        "grpo", "loop.steps=2", "loss.objective=grpo", "loop.samples_per_prompt=4", "data.think_ratio=0.25",
+        "data.think_ratio_end=0.75",
+    )  # fmt: skip
+    for step, samples in enumerate(run.batches[1:-1]):
+        assert all(sample.signal is None for sample in samples)
+        modes = Counter(sample.rollout.prompt.mode for sample in samples)
+        assert modes["think"] == 4 * (1, 3)[step]
+    assert all(sample.signal for samples in (run.batches[0], run.batches[-1]) for sample in samples)
+    assert all(set(line["by_mode"]) == {"think", "no_think"} for line in run.metrics)
+    assert all(line["tokens_per_second"]["score"] == 0 for line in run.metrics)
