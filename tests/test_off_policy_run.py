@@ -63,6 +63,7 @@ class World:
             "off_policy.responses_per_step=8", "off_policy.learning_rate=1e-2", "off_policy.heldout_responses=4",
             "off_policy.shard_responses=4", "off_policy.temperature=1", "off_policy.top_p=1", "off_policy.top_k=-1",
             "cluster.device=cpu", "run.deterministic=true", NO_FILTERS,
+            "teacher.dtype=float32", "rollout.dtype=float32", "learner.dtype=float32",
             f"teachers.plain={{model: {self.other_teacher}, modes: [no_think]}}",
         ]  # fmt: skip
 

@@ -31,6 +31,7 @@ COMMON = [
     "rollout.cpus=0.2", "teacher.cpus=0.2", "learner.cpus=0.2", "learner.tokens_per_micro_batch=512",
     "learner.learning_rate=3e-3", "learner.warmup_steps=2", "learner.schedule=cosine",
     "loop.prompts_per_step=4", "loop.samples_per_prompt=2", "cluster.device=cpu", "run.tensorboard=true",
+    "teacher.dtype=float32", "rollout.dtype=float32", "learner.dtype=float32",
 ]  # fmt: skip
 
 
