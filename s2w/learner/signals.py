@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,22 @@ class _Unusable(Exception):
     """A signal is lost or malformed; the message names the sample."""
 
 
-def fetch(samples: Sequence[Scored]) -> Fetched:
+class Buffer:
+    """Memory that signals are joined into, again and again: the first touch of new memory costs more than the copy."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, torch.Tensor] = {}
+
+    def join(self, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The parts one after the other; valid until the next call with this name."""
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        size = math.prod(shape) * parts[0].itemsize
+        if name not in self._bytes or len(self._bytes[name]) < size:
+            self._bytes[name] = torch.empty(size, dtype=torch.uint8)
+        return torch.cat(list(parts), out=self._bytes[name][:size].view(parts[0].dtype).view(shape))
+
+
+def fetch(samples: Sequence[Scored], buffer: Buffer) -> Fetched:
     """Gets and joins the signals of a micro-batch; blocks. Never raises for a signal that is lost or malformed:
     the other ranks wait in collectives and must be told in step."""
     began = time.perf_counter()
@@ -45,7 +61,7 @@ def fetch(samples: Sequence[Scored]) -> Fetched:
     except _Unusable as error:
         return Fetched({}, 0, time.perf_counter() - began, str(error))
     # The copy lets go of the object store's memory.
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors = {name: buffer.join(name, [part[name] for part in parts]) for name in parts[0]}
     return Fetched(tensors, sum(map(nbytes, payloads)), time.perf_counter() - began)
 
 
@@ -88,7 +104,8 @@ def _sampled_rows(sample: Scored, payload: Payload) -> dict[str, torch.Tensor]:
 
 
 class SignalStream:
-    """Iterates over the signals of micro-batches, fetched in order by a background thread.
+    """Iterates over the signals of micro-batches, fetched in order by a background thread. What it yields is valid
+    until the next is asked for.
 
     Attributes:
         waited: seconds that the consumer stood still for a signal.
@@ -96,27 +113,36 @@ class SignalStream:
         nbytes: bytes of all signals so far.
     """
 
-    def __init__(self, batches: Sequence[Sequence[Scored] | None]) -> None:
-        """``batches``: samples of each micro-batch; None where no signal is needed (yields None)."""
-        self.batches = batches
+    def __init__(self, batches: Sequence[Sequence[Scored] | None], buffers: list[Buffer]) -> None:
+        """
+        Args:
+            batches: samples of each micro-batch; None where no signal is needed (yields None).
+            buffers: idle ones of earlier streams; some are taken out, and all are put back when they are idle again.
+        """
+        self.batches, self.buffers = batches, buffers
         self.waited = self.fetched = 0.0
         self.nbytes = 0
 
     def __iter__(self) -> Iterator[Fetched | None]:
         with ThreadPoolExecutor(1, thread_name_prefix="signals") as thread:
-            ahead: deque[Future[Fetched] | None] = deque()
+            ahead: deque[tuple[Future[Fetched], Buffer] | None] = deque()
             pending = iter(self.batches)
             for _ in self.batches:
                 while len(ahead) <= PREFETCH and (batch := next(pending, ())) != ():
-                    ahead.append(thread.submit(fetch, batch) if batch is not None else None)
-                future = ahead.popleft()
-                if future is None:
+                    if batch is None:
+                        ahead.append(None)
+                        continue
+                    buffer = self.buffers.pop() if self.buffers else Buffer()
+                    ahead.append((thread.submit(fetch, batch, buffer), buffer))
+                first = ahead.popleft()
+                if first is None:
                     yield None
                     continue
+                future, buffer = first
                 started = time.perf_counter()
                 fetched = future.result()
                 self.waited += time.perf_counter() - started
                 self.fetched += fetched.seconds
                 self.nbytes += fetched.nbytes
-                del future
                 yield fetched
+                self.buffers.append(buffer)

@@ -33,7 +33,7 @@ from s2w.learner.messages import (
     sequence_length,
 )
 from s2w.learner.signal_bias import SignalSums
-from s2w.learner.signals import Fetched, SignalStream, fetch
+from s2w.learner.signals import Buffer, Fetched, SignalStream, fetch
 from s2w.learner.student_model import StudentModel, Tokens, load_student
 from s2w.records import Scored
 from s2w.teacher.head import load_head
@@ -55,6 +55,7 @@ class LearnerRank:
         self.engine: Any = None
         self.lm: Any = None
         self.transfer: Any = None
+        self.buffers: list[Buffer] = []
 
     def place(self) -> tuple[str, str, int, int]:
         """Node id, address of the node, a free port, cores that this process may use."""
@@ -155,7 +156,7 @@ class LearnerRank:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        stream = signal_stream(work)
+        stream = signal_stream(work, self.buffers)
         # DeepSpeed averages gradients over ranks: world undoes that.
         row_weight = self.world / global_tokens
         loss = torch.zeros((), device=self.device)
@@ -204,7 +205,7 @@ class LearnerRank:
         self.engine.eval()
         sums = [np.zeros((0, len(divergences)))]
         lost: str | None = None
-        stream = signal_stream(work)
+        stream = signal_stream(work, self.buffers)
         with torch.no_grad():
             for item, signals in zip(work, stream, strict=True):
                 tokens = pack(item.samples).to(self.device)
@@ -226,7 +227,7 @@ class LearnerRank:
         """
         result: list[np.ndarray] = []
         lost: str | None = None
-        stream = SignalStream([item.samples if item.weighted else None for item in work])
+        stream = signal_stream(work, self.buffers)
         for item, signals in zip(work, stream, strict=True):
             if signals is None or signals.error is not None:
                 lost = lost or (signals.error if signals is not None else None)
@@ -360,7 +361,7 @@ class LearnerRank:
                     "uids": [s.rollout.uid for s in item.samples],
                     "prompts": [s.rollout.prompt.token_ids for s in item.samples],
                     "responses": [s.rollout.token_ids for s in item.samples],
-                    "signal": fetch(item.samples).tensors if item.samples[0].signal else {},
+                    "signal": fetch(item.samples, Buffer()).tensors if item.samples[0].signal else {},
                 },
                 path,
             )
@@ -452,9 +453,10 @@ def pack(samples: Sequence[Scored]) -> Tokens:
     return Tokens(input_ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)))
 
 
-def signal_stream(work: Sequence[MicroBatchWork]) -> SignalStream:
+def signal_stream(work: Sequence[MicroBatchWork], buffers: list[Buffer]) -> SignalStream:
     """The signals of the micro-batches that have them and count."""
-    return SignalStream([item.samples if item.weighted and item.samples[0].signal else None for item in work])
+    wanted = [item.samples if item.weighted and item.samples[0].signal else None for item in work]
+    return SignalStream(wanted, buffers)
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ _DTYPES = {
 """Of hidden rows, by the name in their payload."""
 _VIEWS = {torch.bfloat16: torch.int16, _FLOAT8: torch.uint8}
 """Integers that stand for the dtypes that numpy has not."""
+_BLOCK_ELEMENTS = 2**16
+"""Numbers that are turned into float8 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +145,15 @@ def check_finite(payload: Payload, uid: str) -> None:
     for name, tensor in decode(payload).items():
         if tensor.dtype == _FLOAT8:
             continue  # its scale is NaN or infinite where the row was
+        # One pass without temporaries; a NaN anywhere makes both NaN.
+        least, most = torch.aminmax(tensor)
+        if torch.isfinite(most) and (torch.isfinite(least) or (name == "log_tail" and not least.isnan())):
+            continue
         finite = torch.isfinite(tensor)
         if name == "log_tail":
             finite |= tensor == -torch.inf
-        if not finite.all():
-            bad = (~finite.view(len(finite), -1).all(-1)).nonzero()[:, 0].tolist()
+        bad = (~finite.view(len(finite), -1).all(-1)).nonzero()[:, 0].tolist()
+        if bad:
             raise FloatingPointError(
                 f"teacher signal of {uid}: {name} is not finite in {len(bad)} of {len(finite)} rows, first {bad[0]}"
             )
@@ -160,11 +166,24 @@ def _hidden(rows: torch.Tensor, dtype: HiddenDtype) -> Payload:
     if dtype == "bfloat16":
         rows = rows.bfloat16()
     elif dtype == "float8":
-        rows = rows.float()
-        scale = (rows.abs().amax(-1) / torch.finfo(_FLOAT8).max).clamp_min_(torch.finfo(torch.float32).tiny)
-        rows, scales = (rows / scale[:, None]).to(_FLOAT8), {"scale": scale.numpy()}
+        rows, scale = _to_float8(rows)
+        scales = {"scale": scale.numpy()}
     name = str(rows.dtype).removeprefix("torch.")
     return {"hidden": rows.view(_VIEWS.get(rows.dtype, rows.dtype)).numpy(), **scales, "dtype": name}
+
+
+def _to_float8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8 [n, d] and the scales, float32 [n]; in blocks of rows, so that temporaries stay in the cache."""
+    quantized, scale = torch.empty(rows.shape, dtype=_FLOAT8), torch.empty(len(rows))
+    block = max(1, _BLOCK_ELEMENTS // rows.shape[1])
+    for part, part_quantized, part_scale in zip(
+        rows.split(block), quantized.split(block), scale.split(block), strict=True
+    ):
+        part = part.float()
+        torch.amax(part.abs(), -1, out=part_scale)
+        part_scale.div_(torch.finfo(_FLOAT8).max).clamp_min_(torch.finfo(torch.float32).tiny)
+        part_quantized.copy_(part / part_scale[:, None])
+    return quantized, scale
 
 
 def _log_probs(values: torch.Tensor) -> Payload:
