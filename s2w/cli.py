@@ -26,6 +26,9 @@ usage:
   s2w report RUN [--output DIR]
                              one page about a run directory, finished or not: figures, before and after, samples,
                              where the time went; it goes to RUN/report
+  s2w signals RUN [--output FILE.png]
+                             what cheaper teacher signals would have said in a run with signal.bias_every: a table, and
+                             a figure in RUN/signals.png
   s2w --help                 this text
 
 OVERRIDE is Hydra's: a group (experiment=smollm2, teacher=qwen3_32b) or a setting (rollout.engines=2).
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     command, *rest = arguments
-    commands = {"train": _train, "generate": _generate, "eval": _eval, "report": _report}
+    commands = {"train": _train, "generate": _generate, "eval": _eval, "report": _report, "signals": _signals}
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command}: the commands are {', '.join(commands)}")
@@ -104,6 +107,18 @@ def _report(arguments: list[str]) -> int:
     from s2w.report.page import write_report
 
     print(write_report(Path(runs[0]), Path(output) if output else None))
+    return 0
+
+
+def _signals(arguments: list[str]) -> int:
+    output, runs = _option(arguments, "--output", "a file")
+    if len(runs) != 1 or runs[0].startswith("-"):
+        raise ConfigError("s2w signals needs one run directory, and takes --output FILE.png")
+    from s2w.report.signals import write_signals
+
+    table, path = write_signals(Path(runs[0]), Path(output) if output else None)
+    print(table)
+    print(path)
     return 0
 
 

@@ -81,7 +81,13 @@ def check_templates(config: Config, prompts: Sequence[Prompt]) -> None:
         if not tokenizer.chat_template:
             continue
         for prompt in prompts[:PROMPTS]:
-            text = render(tokenizer, prompt.messages, prompt.mode, config.data.chat_template_kwargs)
+            try:
+                text = render(tokenizer, prompt.messages, prompt.mode, config.data.chat_template_kwargs)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"run.preflight: the chat template of {name} ({teacher.model}) does not render prompt "
+                    f"{prompt.uid!r} in mode {prompt.mode}, as the student's does: give both models one template"
+                ) from error
             own = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
             shared = min(len(own), len(prompt.token_ids))
             parted = np.flatnonzero(own[:shared] != prompt.token_ids[:shared])

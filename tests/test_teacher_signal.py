@@ -15,7 +15,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from s2w.records import Prompt, Rollout, VersionSpan
 from s2w.teacher.head import load_head
 from s2w.teacher.pool import Dispatcher
-from s2w.teacher.signal import SignalRequest, bytes_per_row, check_finite, decode, encode, nbytes
+from s2w.teacher.signal import SignalRequest, bytes_per_row, check_finite, decode, encode, hidden_rows, nbytes
 
 ROWS, WIDTH, TOP_K = 5, 8, 3
 
@@ -63,6 +63,34 @@ def test_payload_survives_the_wire_bit_for_bit(kind, dtype):
         assert torch.equal(decoded["ids"], ids) and decoded["ids"].dtype == torch.int32
         assert torch.equal(decoded["log_probs"], values[:, :-1])
         assert torch.equal(decoded["log_tail"], values[:, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float8_rows_keep_four_bits_at_any_scale(dtype):
+    rows = pooled("hidden", dtype)[0] * torch.tensor([1e-4, 1.0, 1e4, 0.0, 3.0])[:, None]
+    payload = pickle.loads(pickle.dumps(encode("hidden", rows.to(dtype), dtype="float8")))
+    assert nbytes(payload) == ROWS * bytes_per_row("hidden", hidden_size=WIDTH, dtype="float8_e4m3fn") == ROWS * 12
+    decoded = decode(payload)
+    again = hidden_rows(decoded, torch.float32)
+    # Half a unit of the fourth bit; below 2^-6 of 448 the format's steps no longer shrink.
+    allowed = 2**-4 * rows.float().abs() + 2**-10 * decoded["scale"][:, None]
+    assert ((again - rows.to(dtype).float()).abs() <= allowed).all()
+    assert torch.equal(again[3], torch.zeros(WIDTH))
+    assert torch.equal(hidden_rows(decoded, torch.bfloat16), again.bfloat16())
+
+
+def test_wide_rows_become_float8_in_blocks():
+    rows = torch.randn(70, 2**12, generator=torch.Generator().manual_seed(1))
+    again = hidden_rows(decode(encode("hidden", rows, dtype="float8")), torch.float32)
+    assert ((again - rows).norm(dim=-1) < 0.04 * rows.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_float8_row_that_was_not_finite_is_found_by_its_scale(value):
+    rows = pooled("hidden")[0]
+    rows[3, 2] = value
+    with pytest.raises(FloatingPointError, match=r"u: scale is not finite in 1 of 5 rows, first 3"):
+        check_finite(encode("hidden", rows, dtype="float8"), "u")
 
 
 def test_decoded_tensors_share_the_payloads_memory():

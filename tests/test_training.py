@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from s2w.cli import main
 from s2w.compose import compose
 from s2w.config import Config
 from s2w.errors import ConfigError
@@ -84,7 +85,10 @@ def job(teacher: Path, runs: Path) -> Callable[..., Run]:
     return run
 
 
-DETERMINISTIC = ["run.deterministic=true", "learner.ranks=2", "learner.zero_stage=2", "loop.checkpoint_every=2"]
+DETERMINISTIC = [
+    "run.deterministic=true", "learner.ranks=2", "learner.zero_stage=2", "loop.checkpoint_every=2",
+    "signal.bias_every=2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,22 @@ def test_the_run_directory(whole: Run) -> None:
     expected = [(line["step"], line["divergence"]) for line in whole.metrics]
     assert [step for step, _ in logged] == [step for step, _ in expected]
     np.testing.assert_allclose([v for _, v in logged], [v for _, v in expected], rtol=1e-6)
+
+
+def test_signals_are_measured(whole: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in whole.metrics:
+        assert set(line["signal_seconds"]) == {"put", "fetch", "wait"}
+        assert line["signal_seconds"]["put"] > 0 and line["signal_seconds"]["fetch"] > 0
+        assert line["signal_bytes_per_token"] == 4 * 128
+        assert bool(line["signal_bias"]) == (line["step"] % 2 == 0)
+    bias = whole.metrics[1]["signal_bias"]
+    assert bias["topk_16"]["bias"] < bias["topk_256"]["bias"] < 0 < bias["ids_256"]["cosine"] < 1
+    events = EventAccumulator(str(whole.directory / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("signal_bias/topk_16/cosine")] == [2, 4]
+
+    assert main(["signals", str(whole.directory)]) == 0
+    assert "| `signal.kind=topk signal.top_k=16` | 132 |" in capsys.readouterr().out
+    assert (whole.directory / "signals.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_it_learns(whole: Run) -> None:
@@ -190,11 +210,17 @@ def test_the_checkpoint_loads_in_transformers(whole: Run) -> None:
     assert len(AutoTokenizer.from_pretrained(path)) == model.config.vocab_size
 
 
-def test_staleness_one_overlaps_and_stays_within_its_bound(job: Callable[..., Run]) -> None:
+def test_staleness_one_overlaps_and_stays_within_its_bound(
+    job: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = job(
         "stale", "loop.steps=4", "loop.max_staleness=1", "rollout.engines=2", "signal.kind=topk", "signal.top_k=16",
         "loss.divergence=reverse_kl", "learner.zero_stage=3", "loop.eval_every=2", "rollout.max_tokens=24",
+        "run.preflight=divergence",
     )  # fmt: skip
+    assert "preflight: a student equal to teacher has a divergence of" in capsys.readouterr().out
+    assert main(["signals", str(run.directory)]) == 2
+    assert "has not measured its signals: train with" in capsys.readouterr().err
     assert max(line["staleness_max"] for line in run.metrics) == 1
     assert run.metrics[0]["staleness_max"] == 0
     assert {sample.rollout.engine for samples in run.batches for sample in samples} == {0, 1}
