@@ -19,6 +19,7 @@ from s2w.eval.grading import Graded, Grader
 from s2w.eval.heldout import heldout_responses, heldout_samples
 from s2w.eval.report import mode_scores
 from s2w.learner.group import LearnerGroup
+from s2w.learner.saver import Saver, due
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter
@@ -85,15 +86,16 @@ class Controller:
         self.rollouts, self.teachers, self.learner, self.grader = rollouts, teachers, learner, grader
         self.credit, self.scored = credit, scored
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
-        self.step = self.saved = step
+        self.step = step
+        self.saver = Saver(learner, checkpoints, loop.keep_checkpoints, step, progress)
         self.position = stream.state_dict()
-        self.checkpoints, self.on_batch = checkpoints, on_batch
+        self.on_batch = on_batch
         self.probe_tolerance, self.probe_ids = probe_tolerance, heldout[0].token_ids
         self.probed: np.ndarray | None = None
         self.grading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Does the steps that are left, then saves."""
+        """Does the steps that are left; saves after the last."""
         ahead: deque[Batch] = deque()
         try:
             await self.swap()
@@ -113,14 +115,12 @@ class Controller:
                 report = self.reporter.finish(self.step, samples, graded, update, swap, probe, learning, swapping)
                 self.recorder.step(report)
                 self.progress.step(report)
-                if self.due(self.loop.eval_every) or self.step == self.loop.steps:
+                if due(self.step, self.loop.eval_every) or self.step == self.loop.steps:
                     await self.evaluate()
-                if self.due(self.loop.checkpoint_every):
-                    await self.save()
-            if self.step > self.saved:
-                await self.save()
+                if due(self.step, self.loop.checkpoint_every) or self.step == self.loop.steps:
+                    await self.saver.save(self.step, self.state)
         except BaseException:
-            await self.rescue()
+            await self.saver.rescue(self.step, self.state)
             raise
         finally:
             for batch in ahead:
@@ -229,23 +229,7 @@ class Controller:
         )
         self.progress.heldout(result)
 
-    async def save(self) -> None:
-        """Checkpoint of the last update."""
-        path = await self.learner.save(
-            self.checkpoints, self.step, {"stream": self.position}, self.loop.keep_checkpoints
-        )
-        self.saved = self.step
-        self.progress.say(f"saved {path}")
-
-    async def rescue(self) -> None:
-        """Saves what the run has learned so far, when it ends before its time."""
-        if self.step == self.saved:
-            return
-        try:
-            await self.save()
-        except Exception as error:
-            self.progress.say(f"the updates since step {self.saved} could not be saved: {error}")
-
-    def due(self, every: int) -> bool:
-        """Whether something done every so many steps is due after this one."""
-        return every > 0 and self.step % every == 0
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where the prompt stream stands after the last update."""
+        return {"stream": self.position}

@@ -49,7 +49,7 @@ async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -
     Raises:
         RuntimeError: names the first actor that failed, or how many were not up in ``timeout_s`` seconds.
     """
-    tasks = [asyncio.ensure_future(_as_future(call)) for call in calls]
+    tasks = [asyncio.ensure_future(as_future(call)) for call in calls]
     done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
     for index, task in enumerate(tasks):
         if task in done and (error := task.exception()):
@@ -62,5 +62,6 @@ async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -
     return [task.result() for task in tasks]
 
 
-async def _as_future(call: ray.ObjectRef) -> Any:
+async def as_future(call: ray.ObjectRef) -> Any:
+    """The result of an actor's call, as a coroutine: asyncio's tools do not take Ray's references."""
     return await call

@@ -20,6 +20,7 @@ from s2w.errors import ConfigError
 from s2w.job import Job
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup, start_learner
+from s2w.learner.saver import Saver, due
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.off_policy.batches import ResponseStream
@@ -150,8 +151,8 @@ class OffPolicyPhase:
         self.stream, self.heldout = stream, heldout
         self.learner, self.teachers, self.deterministic = learner, teachers, deterministic
         self.recorder, self.progress = recorder, progress
-        self.checkpoints, self.keep = checkpoints, keep
-        self.step = self.saved = step
+        self.checkpoints, self.step = checkpoints, step
+        self.saver = Saver(learner, checkpoints, keep, step, progress)
 
     async def run(self) -> Path:
         """Does the steps that are left, then saves; returns the directory of the last checkpoint."""
@@ -185,14 +186,14 @@ class OffPolicyPhase:
                 )
                 self.recorder.off_policy_step(report)
                 self.progress.off_policy_step(report, self.settings.steps)
-                if self.due(self.settings.eval_every) or self.step == self.settings.steps:
+                if due(self.step, self.settings.eval_every) or self.step == self.settings.steps:
                     if ahead:
                         await asyncio.wait([ahead])  # A batch that is scored as a whole is scored alone.
                     await self.evaluate()
-                if self.step == self.settings.steps or self.due(self.settings.checkpoint_every):
-                    await self.save()
+                if due(self.step, self.settings.checkpoint_every) or self.step == self.settings.steps:
+                    await self.saver.save(self.step, self.state)
         except BaseException:
-            await self.rescue()
+            await self.saver.rescue(self.step, self.state)
             raise
         finally:
             if ahead is not None:
@@ -226,22 +227,7 @@ class OffPolicyPhase:
             f"off-policy held-out loss after {self.step} steps: {result.loss:.4f} nats a token over {tokens:,} tokens"
         )
 
-    async def save(self) -> None:
-        """Checkpoint of the last update."""
-        data = {"responses": self.stream.fingerprint()}
-        path = await self.learner.save(self.checkpoints, self.step, data, self.keep)
-        self.saved = self.step
-        self.progress.say(f"saved {path}")
-
-    async def rescue(self) -> None:
-        """Saves what the phase has learned so far, when it ends before its time."""
-        if self.step == self.saved:
-            return
-        try:
-            await self.save()
-        except Exception as error:
-            self.progress.say(f"the off-policy updates since step {self.saved} could not be saved: {error}")
-
-    def due(self, every: int) -> bool:
-        """Whether something done every so many steps is due after this one."""
-        return every > 0 and self.step % every == 0
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the phase has learned, to be known again."""
+        return {"responses": self.stream.fingerprint()}

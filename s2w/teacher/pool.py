@@ -15,7 +15,7 @@ from s2w.config import SignalConfig, TeacherConfig
 from s2w.records import Rollout, TeacherSignal
 from s2w.teacher.engine import TeacherEngine, TeacherEngineDiedError
 from s2w.teacher.signal import SignalRequest
-from s2w.vllm_actor import actor_options, first_error
+from s2w.vllm_actor import actor_options, as_future, first_error
 
 REMEMBERED_PROMPTS = 100_000
 """Prompts whose replica is remembered; older ones have left the prefix caches."""
@@ -240,11 +240,7 @@ class TeacherPool:
     async def _end(self, actor: Any) -> None:
         """Ends an engine, dead or alive; the kill frees what a stuck one holds."""
         try:
-            await asyncio.wait_for(_result(actor.shutdown.remote()), SHUTDOWN_S)
+            await asyncio.wait_for(as_future(actor.shutdown.remote()), SHUTDOWN_S)
         except Exception as error:
             logger.debug("teacher did not shut down by itself: %s", error)
         ray.kill(actor)
-
-
-async def _result(call: ray.ObjectRef) -> Any:
-    return await call

@@ -1,0 +1,43 @@
+"""When the learner's updates go to disk, and that those which have not are saved when a phase ends before its time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from s2w.learner.group import LearnerGroup
+from s2w.observe.progress import Progress
+
+
+class Saver:
+    """Saves the updates of one phase.
+
+    Args:
+        directory: of the phase's checkpoints.
+        keep: checkpoints that stay on disk.
+        step: updates that the learner's weights have already had (resume).
+    """
+
+    def __init__(self, learner: LearnerGroup, directory: Path, keep: int, step: int, progress: Progress) -> None:
+        self._learner, self._directory, self._keep, self._progress = learner, directory, keep, progress
+        self._saved = step
+
+    async def save(self, step: int, data: dict[str, Any]) -> None:
+        """Checkpoint after ``step`` updates, with ``data`` beside it, unless it is there."""
+        if step == self._saved:
+            return
+        path = await self._learner.save(self._directory, step, data, self._keep)
+        self._saved = step
+        self._progress.say(f"saved {path}")
+
+    async def rescue(self, step: int, data: dict[str, Any]) -> None:
+        """:meth:`save`, while an exception ends the phase: never raises another one."""
+        try:
+            await self.save(step, data)
+        except Exception as error:
+            self._progress.say(f"the updates since step {self._saved} could not be saved: {error}")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is due after ``step``."""
+    return every > 0 and step % every == 0
