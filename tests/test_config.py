@@ -88,6 +88,7 @@ def test_yaml_of_a_configuration_composes_to_itself(overrides: list[str], tmp_pa
         ("run={deterministic: true}", None),
         ("teacher.tensor_parallel=3", "teacher.tensor_parallel=3 does not divide the 4 attention heads"),
         ("run.resume=true", "holds no run"),
+        ("loop.steps=0", "loop.steps=0 and off_policy.steps=0: there is nothing to do"),
         ("data.think_ratio=1.5", "data.think_ratio=1.5: write a share from 0 to 1"),
         ("data.think_ratio_end=0.5", "data.think_ratio_end=0.5 without data.think_ratio"),
         ("data={modes: [think], think_ratio: 0.5}", "data.modes has think alone"),
