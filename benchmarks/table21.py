@@ -59,7 +59,10 @@ STAGES = {"ray::RolloutEngine": "generate", "ray::TeacherEngine": "score", "ray:
 """Which stage a process of that name, with its children, works for."""
 SAMPLE_S = 0.5
 """Between two looks at the processes."""
-EXPERIMENT = ["experiment=testbed", "run.tensorboard=false"]
+EXPERIMENT = [
+    "experiment=testbed", "run.tensorboard=false", "data.heldout_prompts=32",
+    "teacher.tensor_parallel=1", "teacher.expert_parallel=false",
+]  # fmt: skip
 SETTINGS: dict[str, list[str]] = {
     "off_policy": ["loop.steps=0"],
     "on_policy": [],
@@ -67,11 +70,11 @@ SETTINGS: dict[str, list[str]] = {
         "loss.objective=grpo",
         "loop.prompts_per_step=32",
         "loop.samples_per_prompt=16",
-        "loop.steps=60",
-        "learner.learning_rate=4e-4",
+        "loop.steps=40",
+        "learner.learning_rate=2e-4",
         "learner.schedule=constant",
     ],
-    "more_off_policy": ["loop.steps=0", "off_policy.steps=600", "off_policy.learning_rate=1e-3"],
+    "more_off_policy": ["loop.steps=0", "off_policy.steps=1300", "off_policy.learning_rate=1e-3"],
 }
 """Each arm's own settings, over those of the experiment."""
 
@@ -92,7 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--problems", type=int, default=32, help="held-out problems of a seed, in each mode")
+    parser.add_argument("--problems", type=int, default=24, help="held-out problems of a seed, in each mode")
     parser.add_argument("--samples", type=int, default=64, help="responses to each, at least the largest k")
     parser.add_argument("--directory", type=Path, default=Path("runs/table21"), help="of the runs; emptied first")
     parser.add_argument("--arms", nargs="+", choices=ARMS[1:], default=ARMS[1:])
