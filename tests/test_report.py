@@ -70,6 +70,23 @@ def test_a_student_that_got_worse_is_called_that(example: Path, tmp_path: Path) 
     assert [remark.grade for remark in said] == ["worse"] and "rose from 0.9" in said[0].text
 
 
+def test_a_mode_that_lost_is_named_although_all_together_gained(example: Path, tmp_path: Path) -> None:
+    directory = copy(example, tmp_path)
+    path = directory / "heldout_responses.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["mode"] == "no_think":
+            line |= {"correct": line["uid"].endswith("7"), "forward_kl": 0.1 + 0.01 * line["version"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(directory)
+    said = {remark.text.split(" from ")[0]: remark.grade for remark in remarks(run, compare(run))}
+    assert said["Forward KL fell"] == "better" and said["Forward KL in no_think rose"] == "worse"
+    # No prompt's outcome changed: there is no spread to make an interval of.
+    assert said["Accuracy in no_think stayed at 0.094."] == "unclear"
+    [accuracy] = [line for line in compare(run) if (line.metric, line.mode) == ("accuracy", "no_think")]
+    assert accuracy.change is not None and accuracy.change.value == 0 and math.isnan(accuracy.change.low)
+
+
 def test_without_single_responses_there_are_no_intervals(example: Path, tmp_path: Path) -> None:
     directory = copy(example, tmp_path)
     (directory / "heldout_responses.jsonl").unlink()

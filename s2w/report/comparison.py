@@ -96,7 +96,7 @@ def _at(run: Run, heldout: Heldout, metric: Metric, mode: Mode | None) -> Estima
 
 
 def _change(before: Sequence[HeldoutResponse], after: Sequence[HeldoutResponse], metric: Metric) -> Estimate | None:
-    """None if responses do not hold the metric, or there are no pairs."""
+    """None if responses do not hold the metric, there are no pairs, or no pair differs: no spread, no interval."""
     if metric == "response_length":
         return None
     earlier = {(one.mode, one.uid): one for one in before}
@@ -109,7 +109,7 @@ def _change(before: Sequence[HeldoutResponse], after: Sequence[HeldoutResponse],
     outcome = _SHARE_OF[metric]
     outcomes = [(outcome(one), outcome(other)) for one, other in pairs]
     differences = [float(y) - float(x) for x, y in outcomes if x is not None and y is not None]
-    return bootstrap(differences, SEED) if differences else None
+    return bootstrap(differences, SEED) if any(differences) else None
 
 
 def _token_means(responses: Sequence[HeldoutResponse], metric: Metric) -> tuple[list[float], list[int]]:

@@ -259,8 +259,8 @@ def lanes_picture(lanes: Lanes) -> Picture:
         bars = [(one.start - begin, one.stop - one.start) for one in lane.work if one.stop > begin and one.start < end]
         stretch.broken_barh([(0, end - begin)], (place - 0.4, 0.8), color=IDLE)
         stretch.broken_barh(bars, (place - 0.4, 0.8), color=STAGE_COLOURS[lane.stage], edgecolor="white", linewidth=0.4)
-    for step, (_, stop) in zip(lanes.steps, lanes.windows, strict=True):
-        if begin < stop <= end:
+    for step, (start, stop) in zip(lanes.steps, lanes.windows, strict=True):
+        if begin <= start and stop <= end:
             stretch.axvline(stop - begin, color=BLACK, linewidth=0.8, linestyle=":")
             stretch.annotate(f"step {step}", (stop - begin, -0.55), ha="right", va="bottom", fontsize=7)
     stretch.set(title="the last steps by the clock", xlabel="seconds", xlim=(0, end - begin))

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from s2w.errors import ConfigError
 from s2w.report.figures import BLACK, BLUE, DPI, GREEN, ORANGE, STYLE, WIDTH
@@ -114,7 +115,8 @@ def draw(run: Run, signals: Sequence[Comparison], path: Path) -> None:
                 line = "o" if kind == "hidden" else "o-"
                 axis.errorbar(sizes, means, np.abs(bars), fmt=line, color=colour, label=kind, markersize=4, capsize=2)
         for axis in (left, right):
-            axis.set_xscale("log")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axis.set_xlabel("bytes a token")
         left.axhline(0, color=BLACK, linewidth=0.8)
         left.set(title=f"bias of {run.config['loss']['divergence']}", ylabel="nats a token")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from s2w.report.comparison import Comparison, Metric
+from s2w.report.comparison import KL, Comparison, Metric
 from s2w.report.run import Run, series
 
 TRUNCATED, OBEDIENT = 0.1, 0.9
@@ -51,7 +51,10 @@ def remarks(run: Run, comparisons: Sequence[Comparison]) -> list[Remark]:
     if not run.heldout:
         lines.append(Remark("warning", "There is no held-out evaluation yet."))
     for line in comparisons:
-        if (line.metric in ("forward_kl", "reverse_kl") and line.mode is None) or line.metric == "accuracy":
+        overall = line.metric in KL and line.mode is None
+        # A mode may lose what the mean over all gains.
+        spoilt_mode = line.metric in KL and line.verdict == "worse"
+        if overall or spoilt_mode or line.metric == "accuracy":
             lines.append(Remark(line.verdict, _sentence(line)))
     for line in comparisons:
         last = line.after or line.before
@@ -88,8 +91,8 @@ def number(value: float, metric: Metric) -> str:
     if math.isnan(value):
         return "–"
     if metric == "response_length":
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if metric in ("forward_kl", "reverse_kl") else f"{value:.3f}"
+        return f"{value:,.1f}"
+    return f"{value:.4f}" if metric in KL else f"{value:.3f}"
 
 
 def duration(seconds: float) -> str:
@@ -107,11 +110,13 @@ def _sentence(line: Comparison) -> str:
     if line.after is None or line.change is None:
         return f"{name} is {before}; there is no later evaluation to compare with."
     after = number(line.after.value, line.metric)
+    if line.change.value == 0:
+        return f"{name} stayed at {before}."
     if line.verdict == "unclear":
         why = "no interval is known" if math.isnan(line.change.low) else "the interval of the change holds 0"
         return f"{name} went from {before} to {after}: {why}."
     word = "fell" if line.change.value < 0 else "rose"
-    relative = f" ({line.change.value / line.before.value:+.0%})" if line.metric in ("forward_kl", "reverse_kl") else ""
+    relative = f" ({line.change.value / line.before.value:+.0%})" if line.metric in KL else ""
     return f"{name} {word} from {before} to {after}{relative}: the 95 % interval of the change leaves 0 out."
 
 
