@@ -71,8 +71,8 @@ SETTINGS: dict[str, list[str]] = {
         "loop.prompts_per_step=32",
         "loop.samples_per_prompt=16",
         "loop.steps=40",
-        "learner.learning_rate=2e-4",
-        "learner.schedule=constant",
+        "learner.learning_rate=3e-4",
+        "learner.warmup_steps=10",
     ],
     "more_off_policy": ["loop.steps=0", "off_policy.steps=1300", "off_policy.learning_rate=1e-3"],
 }
