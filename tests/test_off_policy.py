@@ -272,7 +272,7 @@ def test_rows_that_are_no_responses(
         (["loop.off_policy_fraction=1"], r"loop\.off_policy_fraction=1\.0: write 0 or more, below 1"),
         (["loop.off_policy_fraction=0.001"], r"of loop\.prompts_per_step=64 rounds to 0 prompts"),
         (["off_policy.max_tokens=4000"], r"off_policy\.max_tokens = 5024 is more than the teacher's context of 4096"),
-        (["off_policy.loss=kl"], r"off_policy\.loss: .*cross_entropy, divergence"),
+        (["off_policy.loss=kl"], r"off_policy\.loss: .*divergence, grpo, cross_entropy"),
     ],
 )
 def test_bad_settings(checkpoint: str, tmp_path: Path, overrides: list[str], sentence: str) -> None:
