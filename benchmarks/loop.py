@@ -145,14 +145,14 @@ def stages(run: LoopRun) -> dict[str, list[float]]:
 def generate(work: Work, directory: Path) -> dict[str, Any]:
     """The rollouts, by vLLM alone; arguments as in s2w/rollout/engine.py."""
     rollout = work.config.rollout
-    prepare_process(work.device, rollout.tensor_parallel, rollout.threads, rollout.kv_cache_gib)
+    options = prepare_process(work.device, rollout.tensor_parallel, rollout.threads, rollout.kv_cache_gib)
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     batched = rollout.max_batched_tokens
-    options: dict[str, Any] = {}
     if work.device == "cpu":
-        batched, options = max(batched or 2048, work.max_model_len), {"enable_chunked_prefill": False}
+        batched = max(batched or 2048, work.max_model_len)
+        options["enable_chunked_prefill"] = False
     llm = LLM(
         model=str(work.student),
         dtype=work.dtype("rollout"),  # type: ignore[arg-type]  # a Literal of vLLM's
@@ -201,7 +201,7 @@ def score(work: Work, directory: Path) -> dict[str, Any]:
 
     teacher = work.config.teacher
     world = teacher.tensor_parallel * teacher.pipeline_parallel
-    prepare_process(work.device, world, teacher.threads, teacher.kv_cache_gib)
+    options = prepare_process(work.device, world, teacher.threads, teacher.kv_cache_gib)
     import torch
     from vllm import LLM, PoolingParams
     from vllm.config import PoolerConfig
@@ -224,6 +224,7 @@ def score(work: Work, directory: Path) -> dict[str, Any]:
         block_size=32 if work.device == "cpu" else None,
         gpu_memory_utilization=teacher.gpu_memory_utilization,
         enforce_eager=teacher.enforce_eager,
+        **options,
     )
     times, hidden = [], []
     for step in work.steps:

@@ -122,10 +122,10 @@ def running(path: Path, kind: Kind, dtype: str = "float32", tensor_parallel: int
     """An engine that starts with seed 0; ends its processes."""
     with patch.dict(os.environ), asyncio.Runner() as runner:
         os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE"}
-        prepare_process("cpu", tensor_parallel, None, kv_cache_gib=1)
+        options = prepare_process("cpu", tensor_parallel, None, kv_cache_gib=1)
         make_checkpoint(path, kind, seed=0, dtype=dtype)
         learner = Learner(kind, dtype)
-        engine = Engine(runner, path, learner, dtype=dtype, tensor_parallel_size=tensor_parallel)
+        engine = Engine(runner, path, learner, dtype=dtype, tensor_parallel_size=tensor_parallel, **options)
         try:
             yield engine
         finally:

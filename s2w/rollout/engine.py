@@ -116,7 +116,7 @@ class RolloutEngine:
         self.config, self.index, self.candidates = config, index, candidates
         self.stop_token_ids = stop_token_ids
         self.max_model_len = max_model_len
-        prepare_process(device, config.tensor_parallel, config.threads, config.kv_cache_gib)
+        options = prepare_process(device, config.tensor_parallel, config.threads, config.kv_cache_gib)
 
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
@@ -126,7 +126,6 @@ class RolloutEngine:
         from s2w.weights.transfer import TRANSFERS
 
         batched = config.max_batched_tokens
-        options: dict[str, Any] = {}
         if device == "cpu":
             # vLLM's CPU runner cannot rewind a request's seeded generator when it splits a prefill, so a batch
             # must hold the longest sequence whole.

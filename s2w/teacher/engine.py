@@ -68,7 +68,9 @@ class TeacherEngine:
         """Loads the model; returns ``architecture``, ``vocab_size``, ``hidden_size`` and ``dtype``."""
         config = self._config
         world = config.tensor_parallel * config.pipeline_parallel
-        prepare_process(self._device, world, config.threads, config.kv_cache_gib)
+        # The workers are this actor's children: Ray has no part in placing them.
+        options: dict[str, Any] = {"distributed_executor_backend": "mp" if world > 1 else "uni"}
+        options |= prepare_process(self._device, world, config.threads, config.kv_cache_gib)
         from vllm import AsyncEngineArgs
         from vllm.config import PoolerConfig
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -86,8 +88,6 @@ class TeacherEngine:
                 tensor_parallel_size=config.tensor_parallel,
                 pipeline_parallel_size=config.pipeline_parallel,
                 enable_expert_parallel=config.expert_parallel,
-                # The workers are this actor's children: Ray has no part in placing them.
-                distributed_executor_backend="mp" if world > 1 else "uni",
                 max_num_batched_tokens=config.max_batched_tokens,
                 max_num_seqs=config.max_sequences,
                 enable_chunked_prefill=True,
@@ -97,6 +97,7 @@ class TeacherEngine:
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 enforce_eager=config.enforce_eager,
                 disable_log_stats=True,
+                **options,
             )
         )
         model = self._engine.model_config
