@@ -16,7 +16,7 @@ from s2w.config import Config, SignalKind, StudentInit
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
 from s2w.modes import EMPTY_THINK_BLOCK
-from s2w.records import Prompt
+from s2w.records import Mode, Prompt
 from s2w.validate import check, check_resources, check_verifiable
 
 
@@ -154,7 +154,7 @@ def test_thinking_switch_is_added_where_asked(overrides: list[str], tmp_path: Pa
     )
     (plain / "chat_template.jinja").write_text(template)
     config = compose([*overrides, f"student.model={plain}", "data.modes=[think,no_think]"])
-    modes = [mode.value for mode in config.data.modes]
+    modes: list[Mode] = ["think", "no_think"]
     with pytest.raises(ConfigError, match=r"no thinking switch; write student\.thinking_switch=true"):
         build_prompts(config.data, check(config).student.tokenizer, 0, modes)
     config = replace(config, student=replace(config.student, thinking_switch=True))

@@ -50,7 +50,8 @@ def test_groups_are_uses_of_a_prompt_in_a_mode() -> None:
     """The same prompt in two modes, or twice in a batch (two epochs), is two groups."""
     prompts = [prompt("p"), prompt("p", "no_think"), prompt("p", seed=1)]
     samples = [sample(one, index) for one in prompts for index in range(2)]
-    graded = [grade(one.rollout.prompt, correct) for one, correct in zip(samples, [1, 0, 1, 1, 0, 1], strict=True)]
+    verdicts = [True, False, True, True, False, True]
+    graded = [grade(one.rollout.prompt, correct) for one, correct in zip(samples, verdicts, strict=True)]
     credited = Credit(RewardConfig(), {}, 1.0).assign(samples, graded)
     assert [one.advantage for one in credited] == [1, -1, 0, 0, -1, 1]
 

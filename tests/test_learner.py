@@ -236,6 +236,7 @@ def test_matches_one_process_and_resumes(
 def refuse_steps(world: World, samples: list[Scored], step: int) -> None:
     """A NaN, then rows that are missing: both ranks refuse, the sample is named, nothing changes."""
     rollout = samples[3].rollout
+    assert samples[3].signal is not None
     hidden = ray.get(samples[3].signal.payload)["hidden"].copy()
     hidden[-1, 5] = np.nan
     bad = [*samples[:3], with_payload(rollout, {"hidden": hidden, "dtype": "float32"}), *samples[4:]]
@@ -308,6 +309,7 @@ def test_a_lost_signal_is_named(world: World) -> None:
     """Its sample is named, and the step can be made without it."""
     group = world.build("tied", 2)
     samples = list(world.batches[0])
+    assert samples[3].signal is not None
     samples[3] = replace(samples[3], signal=replace(samples[3].signal, payload=score.remote()))
     with pytest.raises(SignalLostError, match=f"teacher signal of {samples[3].rollout.uid} is lost"):
         world.run(group.step(samples, 0))
@@ -403,6 +405,7 @@ def test_other_objectives(world: World, objective: str) -> None:
             with torch.no_grad():
                 hidden = other.model(ids[None]).last_hidden_state[0, start:-1].contiguous().numpy()
             sample = with_payload(sample.rollout, {"hidden": hidden, "dtype": "float32"})
+            assert sample.signal is not None
             sample = replace(sample, signal=replace(sample.signal, name="other"))
         log_q = log_probs(student, sample)
         chosen = log_q.gather(-1, torch.from_numpy(sample.rollout.token_ids).long()[:, None])[:, 0]
@@ -424,7 +427,7 @@ def test_other_objectives(world: World, objective: str) -> None:
         term = {"grpo": surrogate, "kdrl": sample.weight * kl + beta * surrogate, "cross_entropy": -chosen}[objective]
         loss = loss + term[rows].sum() / tokens
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
 
     config = world.group.config
     config.teachers = {"other": {"model": str(other_path), "modes": ["no_think"]}}

@@ -121,8 +121,8 @@ class LearnerRank:
         self.teacher_heads: dict[str, Head] = {}
         if spec.signal == "hidden":
             place = {"device": self.device, "dtype": getattr(torch, spec.dtype)}
-            for name, (model, revision) in spec.teachers.items():
-                head = load_head(model, revision)
+            for name, (reference, revision) in spec.teachers.items():
+                head = load_head(reference, revision)
                 bias = None if head.bias is None else head.bias.to(**place)
                 self.teacher_heads[name] = Head(head.weight.to(**place), bias, head.softcap, head.scale)
         stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
@@ -468,7 +468,7 @@ def log_probs_at(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk
         chunk_rows: most rows of a [rows, vocabulary] buffer.
     """
     if isinstance(teacher, SampledRows):
-        return teacher.log_probs
+        return teacher.log_probs.clone()  # the stream's memory is used again
     if isinstance(teacher, SparseRows):
         there = teacher.ids == ids[:, None]
         values = torch.where(there, teacher.log_probs, -torch.inf).amax(-1)

@@ -134,7 +134,7 @@ class StepReporter:
 def _by_mode(samples: list[Scored], graded: list[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
     """``StepReport.by_mode``: what the learner saw of each mode, and what its responses are worth."""
     own = [one for sample, one in zip(samples, graded, strict=True) if sample.rollout.versions]
-    result = {}
+    result: dict[str, dict[str, float]] = {}
     for mode, scores in mode_scores(own).items():
         means = update.by_mode[mode]
         result[mode] = {
@@ -142,10 +142,8 @@ def _by_mode(samples: list[Scored], graded: list[Graded], update: LearnerStep) -
             "divergence": means.divergence,
             "student_entropy": means.student_entropy,
             "teacher_entropy": means.teacher_entropy,
-            **{
-                name: scores[name]
-                for name in ("response_length", "truncated", "obedience", "accuracy")
-                if name in scores
-            },
         }
+        for name in ("response_length", "truncated", "obedience", "accuracy"):
+            if name in scores:
+                result[mode][name] = scores[name]
     return result
