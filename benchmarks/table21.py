@@ -291,7 +291,7 @@ class CpuClock:
 
     def _cpu(self) -> dict[str, float]:
         """CPU seconds of each stage so far, of processes that have ended too."""
-        for process in psutil.process_iter():
+        for process in psutil.Process().children(recursive=True):  # not those of other runs on this machine
             try:
                 name = " ".join(process.cmdline())
                 stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), None)

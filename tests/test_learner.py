@@ -363,26 +363,6 @@ def test_another_shape_is_refused(world: World, tmp_path: Path) -> None:
         world.run(group.load(path))
 
 
-def test_a_rank_that_fails_alone_ends_the_group(world: World) -> None:
-    """Last of the file: the ranks are gone afterwards."""
-    empty = replace(world.batches[0][0].rollout, token_ids=np.zeros(0, np.int32))
-    with pytest.raises(ValueError, match="has no sampled tokens"):
-        world.run(world.group.step([Scored(empty, world.batches[0][0].signal)], 0))
-    # An id outside the vocabulary is an error in the middle of one rank's forward.
-    rollout = replace(world.batches[0][0].rollout, token_ids=np.full(20, VOCAB_SIZE, np.int32))
-    with pytest.raises(LearnerError, match="step failed on learner rank"):
-        world.run(world.group.step([Scored(rollout, world.batches[0][0].signal), *world.batches[0][1:]], 0))
-    with pytest.raises(LearnerError, match="shut down"):
-        world.run(world.group.probe(np.arange(4, dtype=np.int32)))
-
-
-def test_no_room_for_the_ranks(world: World) -> None:
-    config = Config()
-    config.learner.ranks, config.learner.cpus, config.cluster.start_timeout_s = 2, 64.0, 1
-    with pytest.raises(TimeoutError, match="no room for 2 learner ranks"):
-        world.run(LearnerGroup.start(config, world.students["tied"], "cpu", VOCAB_SIZE))
-
-
 @pytest.mark.parametrize("objective", ["grpo", "kdrl", "cross_entropy"])
 def test_other_objectives(world: World, objective: str) -> None:
     """GRPO alone; KDRL with samples of unlike weight and two teachers of unlike width; cross-entropy: against autograd
@@ -434,7 +414,7 @@ def test_other_objectives(world: World, objective: str) -> None:
     config.reward.clip_low, config.reward.clip_high = clip
     config.reward.weight = beta if objective == "kdrl" else 0.0
     config.loss.objective = Objective.divergence if objective == "kdrl" else Objective(objective)
-    config.signal.kind = SignalKind.hidden
+    config.signal.kind, config.loss.divergence = SignalKind.hidden, "forward_kl"
     try:
         group = world.build("tied", 2)
         report = world.run(group.step(samples, 0))
@@ -442,3 +422,23 @@ def test_other_objectives(world: World, objective: str) -> None:
         config.teachers, config.loss.objective, config.reward.weight = {}, Objective.divergence, 0.0
     assert report.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     assert report.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_rank_that_fails_alone_ends_the_group(world: World) -> None:
+    """Last of the file: the ranks are gone afterwards."""
+    empty = replace(world.batches[0][0].rollout, token_ids=np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match="has no sampled tokens"):
+        world.run(world.group.step([Scored(empty, world.batches[0][0].signal)], 0))
+    # An id outside the vocabulary is an error in the middle of one rank's forward.
+    rollout = replace(world.batches[0][0].rollout, token_ids=np.full(20, VOCAB_SIZE, np.int32))
+    with pytest.raises(LearnerError, match="step failed on learner rank"):
+        world.run(world.group.step([Scored(rollout, world.batches[0][0].signal), *world.batches[0][1:]], 0))
+    with pytest.raises(LearnerError, match="shut down"):
+        world.run(world.group.probe(np.arange(4, dtype=np.int32)))
+
+
+def test_no_room_for_the_ranks(world: World) -> None:
+    config = Config()
+    config.learner.ranks, config.learner.cpus, config.cluster.start_timeout_s = 2, 64.0, 1
+    with pytest.raises(TimeoutError, match="no room for 2 learner ranks"):
+        world.run(LearnerGroup.start(config, world.students["tied"], "cpu", VOCAB_SIZE))
