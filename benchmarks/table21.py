@@ -162,10 +162,9 @@ def run_arm(overrides: list[str], directory: Path) -> Arm:
     arm = Arm(last, tokens.rollouts, wall_seconds=time.time() - began)
     student, teacher = Size.of(last), Size.of(Path(config.teacher.model))
     writer = student if on_policy else teacher
-    scored = tokens.scored if config.loss.objective.value == "divergence" else 0
     arm.flops = {
         "generate": writer.forward(tokens.written, tokens.context),
-        "score": teacher.forward(scored, tokens.context),
+        "score": teacher.forward(tokens.scored, tokens.context),
         "learn": 3 * student.forward(tokens.learned, tokens.context),
     }
     arm.core_seconds = clock.seconds("on_policy" if on_policy else "off_policy")
@@ -194,7 +193,7 @@ class TokenCount:
         self.rollouts += len(samples)
         self.written += tokens
         self.learned += tokens
-        self.scored += tokens
+        self.scored += sum(len(sample.rollout.input_ids) for sample in samples if sample.signal)
 
     def add_off_policy(self, config: Config, directory: Path) -> None:
         """The off-policy phase: what the teacher wrote, if it wrote any, and what was learned of it."""

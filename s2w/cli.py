@@ -101,25 +101,29 @@ def _eval(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    output, runs = _option(arguments, "--output", "a directory")
-    if len(runs) != 1 or runs[0].startswith("-"):
-        raise ConfigError("s2w report needs one run directory, and takes --output DIR")
+    run, output = _run_and_output(arguments, "report", "a directory", "DIR")
     from s2w.report.page import write_report
 
-    print(write_report(Path(runs[0]), Path(output) if output else None))
+    print(write_report(run, output))
     return 0
 
 
 def _signals(arguments: list[str]) -> int:
-    output, runs = _option(arguments, "--output", "a file")
-    if len(runs) != 1 or runs[0].startswith("-"):
-        raise ConfigError("s2w signals needs one run directory, and takes --output FILE.png")
+    run, output = _run_and_output(arguments, "signals", "a file", "FILE.png")
     from s2w.report.signals import write_signals
 
-    table, path = write_signals(Path(runs[0]), Path(output) if output else None)
+    table, path = write_signals(run, output)
     print(table)
     print(path)
     return 0
+
+
+def _run_and_output(arguments: list[str], command: str, what: str, placeholder: str) -> tuple[Path, Path | None]:
+    """The run directory that a command is about, and where its result goes."""
+    output, runs = _option(arguments, "--output", what)
+    if len(runs) != 1 or runs[0].startswith("-"):
+        raise ConfigError(f"s2w {command} needs one run directory, and takes --output {placeholder}")
+    return Path(runs[0]), Path(output) if output else None
 
 
 def _option(arguments: list[str], name: str, what: str) -> tuple[str | None, list[str]]:

@@ -14,14 +14,18 @@ from s2w.errors import ConfigError
 def connect(cluster: ClusterConfig) -> None:
     """Joins the Ray cluster, or starts one on this machine."""
     # Ray says at every start that its default, a token, is on.
-    token_setup = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    token_setup.addFilter(lambda record: "is enabled" not in record.getMessage())
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_default)
     ray.init(
         address=cluster.address,
         include_dashboard=False if cluster.address is None and "RAY_ADDRESS" not in os.environ else None,
         log_to_driver=cluster.log_to_driver,
         logging_level=logging.WARNING,
     )
+
+
+def _is_no_default(record: logging.LogRecord) -> bool:
+    """Not the message that Ray's token authentication is on."""
+    return "is enabled" not in record.getMessage()
 
 
 def resolve_device(cluster: ClusterConfig, resources: dict[str, float]) -> str:

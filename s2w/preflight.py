@@ -36,7 +36,7 @@ from s2w.modes import render
 from s2w.off_policy.generate import engine_settings
 from s2w.records import Prompt, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
-from s2w.teacher.routing import DEFAULT, Teachers, routes, teacher_settings
+from s2w.teacher.routing import Teachers, routes, teacher_name, teacher_settings
 
 PROMPTS = 8
 """Held-out prompts that are asked."""
@@ -175,9 +175,10 @@ class Reference:
 async def write_references(job: Job, prompts: Sequence[Prompt]) -> list[Reference]:
     """``log_probs``, before the run's parts start: a generate engine for each teacher, one after the other."""
     config = job.config
+    found = routes(config)
     references = []
     for name, teacher in teacher_settings(config).items():
-        taken = [prompt for prompt in prompts[:PROMPTS] if teacher_of(config, prompt) == name]
+        taken = [prompt for prompt in prompts[:PROMPTS] if teacher_name(found, prompt) == name]
         if not taken:
             continue
         settings = replace(engine_settings(replace(config, teacher=teacher)), engines=1)
@@ -200,11 +201,6 @@ async def write_references(job: Job, prompts: Sequence[Prompt]) -> list[Referenc
         finally:
             await pool.shutdown()
     return references
-
-
-def teacher_of(config: Config, prompt: Prompt) -> str:
-    """Name of the teacher that scores responses to ``prompt``."""
-    return next((route.name for route in routes(config) if route.takes(prompt)), DEFAULT)
 
 
 def split(prompt: Prompt) -> Rollout:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from s2w.config import Config, DataConfig
 from s2w.data.tasks import derive_seed, generate
 from s2w.data.verifiers import VERIFIERS, check_verifier
-from s2w.errors import ConfigError
+from s2w.errors import ConfigError, did_you_mean
 from s2w.modes import render, soft_switch, supported_modes
 from s2w.records import Mode, Prompt
 
@@ -250,10 +249,7 @@ def _task_modes(data: DataConfig, tasks: set[str]) -> dict[str, tuple[Mode, ...]
     modes = {}
     for task, given in _plain(data.task_modes).items():
         if task not in tasks:
-            near = difflib.get_close_matches(task, tasks, n=1)
-            raise ConfigError(
-                f"data.task_modes names {task!r}, which no prompt has" + (f": did you mean {near[0]}?" if near else "")
-            )
+            raise ConfigError(f"data.task_modes names {task!r}, which no prompt has{did_you_mean(task, tasks)}")
         if not isinstance(given, list) or not given or any(mode not in get_args(Mode) for mode in given):
             raise ConfigError(f"data.task_modes.{task}={given}: write a list of {' and '.join(get_args(Mode))}")
         modes[task] = tuple(given)

@@ -360,23 +360,24 @@ def _solve(
                     (policy.ids[at].long(),),
                     problem.divergence,
                     problem.temperature,
-                    any(needs),
+                    # With sampled rows it is a multiple of their own gradient, made below.
+                    any(needs) and not sampled,
                 )
                 policy_values[at], slope = policy.value(at, log_q)
                 if policy_grad is not None:
                     policy_grad.mul_((slope * policy.weights[at].to(dtype))[:, None])
-                statistics[1][at] = entropy
-            if teacher is None:
-                if gradient is not None and policy_grad is not None:
-                    gradient[tile] = policy_grad
-                continue
+                if teacher is None:
+                    statistics[1][at] = entropy
+                    if gradient is not None and policy_grad is not None:
+                        gradient[tile] = policy_grad
+                    continue
             *seen, grad = step(
                 chunk.student, chunk.teacher, *chunk.at(tile), problem.divergence, problem.temperature, any(needs)
             )
             for statistic, tile_statistic in zip(statistics, seen, strict=True):
                 statistic[rows][tile] = tile_statistic
             if gradient is not None:
-                if policy_grad is not None and not sampled:
+                if policy_grad is not None:
                     grad = policy_grad.add_(grad * weights[rows][tile, None])
                 gradient[tile] = grad
 

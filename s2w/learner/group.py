@@ -231,9 +231,8 @@ class LearnerGroup:
         named = [(name, make_divergence(name, beta=loss.beta, alpha=loss.alpha)) for name in divergences]
         plan = self._plan(samples)
         shares = await self._call("evaluate", [(work, named) for work in _share_out(samples, plan)])
-        order = [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
         sums = np.empty((len(samples), len(divergences)))
-        sums[order] = np.concatenate(shares)
+        sums[_order(plan)] = np.concatenate(shares)
         return sums
 
     async def teacher_log_probs(self, samples: Sequence[Scored]) -> list[np.ndarray]:
@@ -248,8 +247,7 @@ class LearnerGroup:
         """
         plan = self._plan(samples)
         shares = await self._call("teacher_log_probs", [(work,) for work in _share_out(samples, plan)])
-        order = [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
-        by_sample = dict(zip(order, (values for share in shares for values in share), strict=True))
+        by_sample = dict(zip(_order(plan), (values for share in shares for values in share), strict=True))
         return [by_sample[i] for i in range(len(samples))]
 
     async def probe(self, token_ids: np.ndarray) -> np.ndarray:
@@ -374,6 +372,11 @@ class LearnerGroup:
 def _share_out(samples: Sequence[Scored], plan: list[list[MicroBatch]]) -> list[list[MicroBatchWork]]:
     """Each rank's work."""
     return [[MicroBatchWork([samples[i] for i in batch.samples], batch.weighted) for batch in rank] for rank in plan]
+
+
+def _order(plan: list[list[MicroBatch]]) -> list[int]:
+    """The samples in the order in which the ranks' results for them stand, one rank after the other."""
+    return [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
 
 
 def _means(sums: np.ndarray, tokens: int) -> TokenMeans:

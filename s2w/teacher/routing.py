@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from s2w.config import Config, TeacherConfig
-from s2w.errors import ConfigError
+from s2w.errors import ConfigError, did_you_mean
 from s2w.hardware import resolve_dtype
 from s2w.records import Mode, Prompt, Rollout, TeacherSignal
 from s2w.teacher.pool import TeacherPool
@@ -49,8 +48,8 @@ def teacher_settings(config: Config) -> dict[str, TeacherConfig]:
         fields = {key: value for key, value in entry.items() if key not in ("modes", "tasks")}
         for key, value in fields.items():
             if key not in known:
-                near = difflib.get_close_matches(key, [*known, "modes", "tasks"], n=1)
-                raise ConfigError(f"unknown setting {where}.{key}" + (f": did you mean {near[0]}?" if near else ""))
+                nearest = did_you_mean(key, [*known, "modes", "tasks"])
+                raise ConfigError(f"unknown setting {where}.{key}{nearest}")
             default = getattr(config.teacher, key)
             if default is not None and not isinstance(value, type(default)):
                 raise ConfigError(f"{where}.{key}={value!r}: write a {type(default).__name__}")
@@ -77,6 +76,11 @@ def routes(config: Config) -> list[Route]:
                 raise ConfigError(f"teachers.{name}.modes has {mode!r}; a mode is {' or '.join(get_args(Mode))}")
         found.append(Route(name, lists["modes"], lists["tasks"]))
     return found
+
+
+def teacher_name(found: Sequence[Route], prompt: Prompt) -> str:
+    """Name of the teacher that scores responses to ``prompt``, of those that :func:`routes` found."""
+    return next((route.name for route in found if route.takes(prompt)), DEFAULT)
 
 
 class Teachers:
@@ -113,14 +117,14 @@ class Teachers:
 
     async def score(self, rollout: Rollout) -> TeacherSignal:
         """As :meth:`TeacherPool.score`, of the teacher that takes the prompt."""
-        name = self.name_for(rollout.prompt)
+        name = teacher_name(self._routes, rollout.prompt)
         return self._named(name, await self._pools[name].score(rollout))
 
     async def score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal]:
         """As :meth:`TeacherPool.score_batch`, each teacher's share as a whole."""
         shares: dict[str, list[int]] = {}
         for position, rollout in enumerate(rollouts):
-            shares.setdefault(self.name_for(rollout.prompt), []).append(position)
+            shares.setdefault(teacher_name(self._routes, rollout.prompt), []).append(position)
         signals: dict[int, TeacherSignal] = {}
         for name, share in shares.items():
             own = await self._pools[name].score_batch([rollouts[i] for i in share])
@@ -130,10 +134,6 @@ class Teachers:
     async def shutdown(self) -> None:
         """Ends all engines."""
         await asyncio.gather(*(pool.shutdown() for pool in self._pools.values()))
-
-    def name_for(self, prompt: Prompt) -> str:
-        """Name of the teacher that scores responses to ``prompt``."""
-        return next((route.name for route in self._routes if route.takes(prompt)), DEFAULT)
 
     def _named(self, name: str, signal: TeacherSignal) -> TeacherSignal:
         return dataclasses.replace(signal, name=name, teacher=self._first[name] + signal.teacher)
