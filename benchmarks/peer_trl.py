@@ -10,8 +10,8 @@ The learning rate's warm-up is each side's own: transformers starts it at 0, so 
 TRL runs in an environment of its own, made on first use in ``$S2W_HOME/trl-venv`` unless --trl-python names another.
 Its settings are its fastest on CPU: no activation checkpointing, the whole batch at once, fused AdamW, bfloat16
 autocast only where the CPU multiplies bfloat16 natively. It runs twice, generating with transformers and with vLLM
-in its own process (vllm_mode="colocate"), and the faster one counts. TRL has no setting for the dtype of its vLLM, and
-vLLM then takes bfloat16, which a CPU without AMX or AVX512-BF16 emulates.
+in its own process (vllm_mode="colocate"), and the faster one counts; one that fails is reported with its error. TRL has
+no setting for the dtype of its vLLM, and vLLM then takes bfloat16, which a CPU without AMX or AVX512-BF16 emulates.
 
 A rate is completion tokens over the wall time of the step (generation, scoring, update, and for s2w the swap); the
 median over the steps after the first. The held-out KL is forward, in nats a token, on each side's own samples.
@@ -132,7 +132,7 @@ def run_trl(
         command = [str(python), str(SIDE), str(job_file), str(result_file)]
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
-        raise RuntimeError(f"TRL with {generator} failed:\n{log.read_text()[-4000:]}")
+        raise RuntimeError(f"TRL with {generator} failed:\n{log.read_text()[-4000:].rstrip()}")
     return json.loads(result_file.read_text())
 
 
@@ -149,7 +149,11 @@ def side(seconds: list[float], tokens: list[int], before: float, after: float) -
 
 
 def measure(config: Config, python: Path, generators: Sequence[str]) -> dict[str, Any]:
-    """s2w, then TRL with each of its ``generators``."""
+    """s2w, then TRL with each of its ``generators``.
+
+    Raises:
+        RuntimeError: TRL failed with all of them.
+    """
     facts = check(config)
     _, heldout = build_prompts(
         config.data, facts.student.tokenizer, config.run.seed, context_length=facts.max_model_len
@@ -158,20 +162,30 @@ def measure(config: Config, python: Path, generators: Sequence[str]) -> dict[str
     batches = [[rollout.prompt for rollout in batch] for batch in run.batches]
     kl = {moment: run.summary["heldout"][moment]["forward_kl"] for moment in ("before", "after")}
     ours = side([line["seconds"] for line in run.metrics], [line["response_tokens"] for line in run.metrics], **kl)
+    rate = "completion_tokens_per_second"
+    print(f"s2w: {ours[rate]:,.0f} tokens/s, {ours['step_seconds']:.2f} s a step", flush=True)
     variants: dict[str, Any] = {}
+    failed: dict[str, str] = {}
     versions: dict[str, str] = {}
     for generator in generators:
         print(f"TRL, generating with {generator} ...", flush=True)
-        trl = run_trl(python, config, batches, heldout, generator)
+        try:
+            trl = run_trl(python, config, batches, heldout, generator)
+        except RuntimeError as error:
+            failed[generator] = str(error).splitlines()[-1]
+            print(error, flush=True)
+            continue
         variants[generator] = side(trl["seconds"], trl["completion_tokens"], **trl["heldout"])
         versions |= trl["versions"]
-    rate = "completion_tokens_per_second"
+    if not variants:
+        raise RuntimeError("TRL failed with every generator")
     fastest = max(variants, key=lambda generator: variants[generator][rate])
     return {
         "ours": ours,
         "trl": variants[fastest] | {"generator": fastest},
         "ratio": ours[rate] / variants[fastest][rate],
         "trl_variants": variants,
+        "trl_failed": failed,
         "steps": config.loop.steps,
         "machine": {"cores": core_count(), "dtype": resolve_dtype("auto", "cpu")},
         "trl_versions": versions,
@@ -189,6 +203,8 @@ def show(report: dict[str, Any]) -> None:
             f"{name:18}{one['completion_tokens_per_second']:10,.0f}{one['step_seconds']:9.2f}"
             f"{one['completion_tokens']:8,.0f}   {kl['before']:.2f} -> {kl['after']:.2f}"
         )
+    for name, error in report["trl_failed"].items():
+        print(f"TRL, {name}: failed: {error}")
     print(f"s2w / TRL with {report['trl']['generator']}: {report['ratio']:.2f}")
 
 

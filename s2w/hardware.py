@@ -1,10 +1,17 @@
-"""What the hardware is good at: the dtype behind ``auto`` and the number of usable cores."""
+"""What the hardware is good at: the dtype behind ``auto``, the usable cores, and how processes share them."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+SHARED_CORES = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "KMP_BLOCKTIME": "0",
+    "GOMP_SPINCOUNT": "0",
+}
+"""Environment of an actor on the CPU: idle OpenMP threads sleep, for engines and learner ranks work in turn."""
 
 
 def resolve_dtype(name: str, device: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from s2w.hardware import core_count
+from s2w.hardware import SHARED_CORES, core_count
 
 CONCURRENT_CALLS = 10_000
 """Calls that may wait inside one asyncio actor; vLLM's scheduler does the real queueing."""
@@ -21,8 +21,7 @@ def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
     """
     environment = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
-        # Idle OpenMP threads must sleep: engines and learner ranks share the cores.
-        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+        environment |= SHARED_CORES
     return {
         "num_cpus": cpus,
         "num_gpus": world if device == "cuda" else 0,
