@@ -64,7 +64,12 @@ EXPERIMENT = [
     "teacher.tensor_parallel=1", "teacher.expert_parallel=false",
 ]  # fmt: skip
 SETTINGS: dict[str, list[str]] = {
-    "off_policy": ["loop.steps=0"],
+    "off_policy": [
+        "loop.steps=0",
+        "off_policy.prompts=200",
+        "off_policy.heldout_responses=32",
+        "off_policy.steps=700",
+    ],
     "on_policy": [],
     "grpo": [
         "loss.objective=grpo",
@@ -74,7 +79,12 @@ SETTINGS: dict[str, list[str]] = {
         "learner.learning_rate=3e-4",
         "learner.warmup_steps=10",
     ],
-    "more_off_policy": ["loop.steps=0", "off_policy.steps=1300", "off_policy.learning_rate=1e-3"],
+    "more_off_policy": [
+        "loop.steps=0",
+        "off_policy.heldout_responses=32",
+        "off_policy.steps=1300",
+        "off_policy.learning_rate=1e-3",
+    ],
 }
 """Each arm's own settings, over those of the experiment."""
 
