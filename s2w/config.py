@@ -260,6 +260,12 @@ class LossConfig:
     """Divides the logits of both sides."""
     temperature_squared: bool = True
     """Multiply the loss by temperature^2, which keeps the gradient's size (Hinton et al. 2015, section 2)."""
+    discount: float = 0.0
+    """signal.kind=sampled: gamma above 0 credits a token with the log-ratios of those after it too, each gamma^distance
+    times; 1 is the gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
+    importance_limit: float | None = None
+    """signal.kind=sampled: upper limit of a stale token's importance weight q / q_sampling (V-trace's rho-bar, arXiv
+    1802.01561); null is none."""
     chunk_rows: int = 1024
     """Rows of the [rows, vocabulary] buffers: memory of the loss, not its value."""
 

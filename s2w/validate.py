@@ -247,6 +247,16 @@ def _check_loss(config: Config) -> None:
         make_divergence(loss.divergence, beta=loss.beta, alpha=loss.alpha)
     except ValueError as error:
         raise ConfigError(f"loss.divergence={loss.divergence}: {error}") from error
+    if not 0 <= loss.discount <= 1:
+        raise ConfigError(f"loss.discount={loss.discount}: write a number from 0 to 1")
+    if loss.importance_limit is not None and loss.importance_limit <= 0:
+        raise ConfigError(f"loss.importance_limit={loss.importance_limit}: write a number above 0, or null")
+    if config.signal.kind is not SignalKind.sampled and (loss.discount or loss.importance_limit is not None):
+        raise ConfigError(
+            f"loss.discount and loss.importance_limit are for policy gradients from sampled tokens, and "
+            f"signal.kind={config.signal.kind.value} has a distribution at each: write signal.kind=sampled, or leave "
+            "them out"
+        )
     carriage = carries(config.signal.kind.value, loss.divergence)
     if carriage.strength == "not possible":
         raise ConfigError(

@@ -355,6 +355,41 @@ def test_sampled(world: World) -> None:
     assert np.isnan(report.means.agreement)
 
 
+def test_sampled_with_discount_and_stale_tokens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient against autograd, with returns summed token by token."""
+    discount, limit = 0.9, 1.1
+    student = AutoModelForCausalLM.from_pretrained(world.students["tied"], dtype=torch.float32)
+    generator = np.random.default_rng(5)
+    samples, loss, tokens, limited = [], torch.zeros(()), 0, 0
+    for sample in world.batches[0]:
+        mask = learned(sample)
+        ids = torch.from_numpy(sample.rollout.token_ids).long()[:, None]
+        log_q = log_probs(student, sample).gather(1, ids)[:, 0]
+        with torch.no_grad():
+            log_p = log_probs(world.teacher, sample).gather(1, ids)[:, 0]
+        drawn = log_q.detach() + torch.from_numpy(0.3 * generator.standard_normal(len(ids))).float()
+        samples.append(
+            with_payload(
+                replace(sample.rollout, log_probs=drawn.numpy()), {"log_probs": log_p.numpy()}, SignalKind.sampled
+            )
+        )
+        ratio, rewards = (log_q.detach() - drawn)[mask].exp().clamp_max(limit), (log_p - log_q.detach())[mask]
+        limited += int((ratio == limit).sum())
+        returns = [sum(discount**j * reward for j, reward in enumerate(rewards[i:])) for i in range(len(rewards))]
+        loss = loss - (ratio * torch.stack(returns) * log_q[mask]).sum()
+        tokens += len(rewards)
+    assert 0 < limited < tokens
+    (loss / tokens).backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM).item()
+
+    config = world.group.config
+    config.signal.kind, config.loss.divergence = SignalKind.sampled, "reverse_kl"
+    monkeypatch.setattr(config.loss, "discount", discount)
+    monkeypatch.setattr(config.loss, "importance_limit", limit)
+    group = world.build("tied", 1)
+    assert world.run(group.step(samples, 0)).grad_norm == pytest.approx(norm, rel=1e-4)
+
+
 def test_another_shape_is_refused(world: World, tmp_path: Path) -> None:
     group = world.build("tied", 1)
     path = world.run(group.save(tmp_path, 1, {}, keep=1))

@@ -313,7 +313,14 @@ class LearnerRank:
                 return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
             case "sampled":
                 ids, log_probs = self._sampled(samples)
-                return SampledRows(ids, signal["log_probs"], log_probs)
+                return SampledRows(
+                    ids,
+                    signal["log_probs"],
+                    log_probs,
+                    truncation=self.spec.loss.importance_limit,
+                    discount=self.spec.loss.discount,
+                    sequence_ids=self._rows(samples, range(len(samples))),
+                )
 
     def _policy_rows(self, samples: Sequence[Scored], row_weight: float) -> PolicyRows | None:
         """The policy gradient's rows; None where there is none."""
