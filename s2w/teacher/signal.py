@@ -145,9 +145,9 @@ def check_finite(payload: Payload, uid: str) -> None:
     for name, tensor in decode(payload).items():
         if tensor.dtype == _FLOAT8:
             continue  # its scale is NaN or infinite where the row was
-        # One pass without temporaries; a NaN anywhere makes both NaN.
-        least, most = torch.aminmax(tensor)
-        if torch.isfinite(most) and (torch.isfinite(least) or (name == "log_tail" and not least.isnan())):
+        # The fastest pass that no NaN and no infinity gets through: a sum of finite ones is finite, or has overflowed
+        # and the next lines find nothing.
+        if torch.isfinite(tensor.sum()):
             continue
         finite = torch.isfinite(tensor)
         if name == "log_tail":
