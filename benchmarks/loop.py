@@ -157,6 +157,7 @@ def generate(work: Work, directory: Path) -> dict[str, Any]:
         model=str(work.student),
         dtype=work.dtype("rollout"),  # type: ignore[arg-type]  # a Literal of vLLM's
         tensor_parallel_size=rollout.tensor_parallel,
+        enable_expert_parallel=rollout.expert_parallel,
         max_model_len=work.max_model_len,
         max_num_seqs=rollout.max_sequences,
         max_num_batched_tokens=batched,

@@ -154,6 +154,8 @@ class RolloutConfig:
     """Engines of the pool; a setting of its own, whatever the learner and the teacher have."""
     tensor_parallel: int = 1
     """GPUs (CPU: worker processes) of one engine."""
+    expert_parallel: bool = False
+    """Spread the experts of a MoE student over the workers of an engine."""
     max_tokens: int = 1024
     """Longest response."""
     temperature: float = 1.0

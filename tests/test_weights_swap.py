@@ -118,11 +118,14 @@ class Engine:
 
 
 @contextmanager
-def running(path: Path, kind: Kind, dtype: str = "float32", tensor_parallel: int = 1) -> Iterator[Engine]:
+def running(
+    path: Path, kind: Kind, dtype: str = "float32", tensor_parallel: int = 1, expert_parallel: bool = False
+) -> Iterator[Engine]:
     """An engine that starts with seed 0; ends its processes."""
     with patch.dict(os.environ), asyncio.Runner() as runner:
         os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE"}
         options = prepare_process("cpu", tensor_parallel, None, kv_cache_gib=1)
+        options["enable_expert_parallel"] = expert_parallel
         make_checkpoint(path, kind, seed=0, dtype=dtype)
         learner = Learner(kind, dtype)
         engine = Engine(runner, path, learner, dtype=dtype, tensor_parallel_size=tensor_parallel, **options)
@@ -139,18 +142,21 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "tensor_parallel", "tolerance"),
+    ("kind", "dtype", "tensor_parallel", "expert_parallel", "tolerance"),
     [
         # bfloat16 products of two programs: 0.02 nats on average, as far as transformers' own is from float32.
-        ("untied", "bfloat16", 1, 0.06),
-        ("tied", "float32", 2, TOLERANCE),
-        ("moe", "float32", 1, TOLERANCE),
-        ("moe", "float32", 2, TOLERANCE),
+        ("untied", "bfloat16", 1, False, 0.06),
+        ("tied", "float32", 2, False, TOLERANCE),
+        ("moe", "float32", 1, False, TOLERANCE),
+        ("moe", "float32", 2, False, TOLERANCE),
+        ("moe", "float32", 2, True, TOLERANCE),
     ],
     ids=str,
 )
-def test_there_and_back(kind: Kind, dtype: str, tensor_parallel: int, tolerance: float, tmp_path: Path) -> None:
-    with running(tmp_path, kind, dtype, tensor_parallel) as engine:
+def test_there_and_back(
+    kind: Kind, dtype: str, tensor_parallel: int, expert_parallel: bool, tolerance: float, tmp_path: Path
+) -> None:
+    with running(tmp_path, kind, dtype, tensor_parallel, expert_parallel) as engine:
         engine.check(0, tolerance)
         first = engine.log_probs()
         for version in (1, 2):

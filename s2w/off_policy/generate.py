@@ -69,6 +69,7 @@ def engine_settings(config: Config) -> RolloutConfig:
     return RolloutConfig(
         engines=off.engines or teacher.replicas,
         tensor_parallel=teacher.tensor_parallel,
+        expert_parallel=teacher.expert_parallel,
         max_tokens=off.max_tokens,
         temperature=off.temperature,
         top_p=off.top_p,

@@ -136,6 +136,7 @@ class RolloutEngine:
                 model=model,
                 dtype=dtype,  # type: ignore[arg-type]  # a Literal of vLLM's
                 tensor_parallel_size=config.tensor_parallel,
+                enable_expert_parallel=config.expert_parallel,
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_sequences,
                 max_num_batched_tokens=batched,
