@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -11,8 +13,16 @@ from s2w.config import ClusterConfig
 from s2w.errors import ConfigError
 
 
-def connect(cluster: ClusterConfig) -> None:
-    """Joins the Ray cluster, or starts one on this machine."""
+@contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
+    """Joins the Ray cluster, or starts one on this machine, and leaves it again.
+
+    Yields:
+        ``cuda`` or ``cpu``, and the cluster's resources by name.
+
+    Raises:
+        ConfigError: cuda is asked for and the cluster has none.
+    """
     # Ray says at every start that its default, a token, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_default)
     ray.init(
@@ -21,6 +31,11 @@ def connect(cluster: ClusterConfig) -> None:
         log_to_driver=cluster.log_to_driver,
         logging_level=logging.WARNING,
     )
+    try:
+        resources = ray.cluster_resources()
+        yield _device(cluster, resources), resources
+    finally:
+        ray.shutdown()
 
 
 def _is_no_default(record: logging.LogRecord) -> bool:
@@ -28,12 +43,7 @@ def _is_no_default(record: logging.LogRecord) -> bool:
     return "is enabled" not in record.getMessage()
 
 
-def resolve_device(cluster: ClusterConfig, resources: dict[str, float]) -> str:
-    """``cuda`` or ``cpu``, from cluster.device and the cluster's resources.
-
-    Raises:
-        ConfigError: cuda is asked for and the cluster has none.
-    """
+def _device(cluster: ClusterConfig, resources: dict[str, float]) -> str:
     if cluster.device == "auto":
         return "cuda" if resources.get("GPU", 0) else "cpu"
     if cluster.device == "cuda" and not resources.get("GPU", 0):

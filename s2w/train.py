@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from s2w import preflight
-from s2w.cluster import connect, resolve_device
-from s2w.compose import to_yaml
+from s2w.cluster import connected
 from s2w.config import Config, Objective, Preflight, SignalKind
 from s2w.controller import Controller
 from s2w.credit import Credit, reliability
 from s2w.data.prompts import build_prompts, prompt_stream
 from s2w.eval.grading import Grader
 from s2w.hardware import resolve_dtype
-from s2w.job import Job
+from s2w.job import Job, open_directory, run_interruptibly
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup, start_learner
 from s2w.models.student import materialise_student
@@ -39,8 +35,6 @@ from s2w.validate import check, check_resources, check_verifiable, off_policy_pr
 
 CHECKPOINTS = Path("checkpoints")
 """Of the on-policy phase, in the run directory."""
-INTERRUPTED = 130
-"""Exit code after SIGINT or SIGTERM, a shell's own for SIGINT."""
 
 
 def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None) -> int:
@@ -68,14 +62,9 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
     progress = Progress(config.loop.steps, config.loss.divergence)
     for note in facts.vocabulary.notes:
         progress.say(note)
-    connect(config.cluster)
-    try:
-        resources = ray.cluster_resources()
-        device = resolve_device(config.cluster, resources)
+    with connected(config.cluster) as (device, resources):
         check_resources(config, device, resources)
-        run = Path(config.run.dir).resolve()
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(to_yaml(config))
+        run = open_directory(config)
         progress.say(f"run directory {run}")
         recorder = Recorder(
             run,
@@ -87,13 +76,7 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
             name=config.run.name,
         )
         job = Job(config, facts, device, run, recorder, progress)
-        asyncio.run(_run(job, prompts, heldout, began, on_batch))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        progress.say(f"interrupted; to continue: the same command with run.dir={config.run.dir} run.resume=true")
-        return INTERRUPTED
-    finally:
-        ray.shutdown()
-    return 0
+        return run_interruptibly(_run(job, prompts, heldout, began, on_batch), config, progress)
 
 
 async def _run(
@@ -104,10 +87,6 @@ async def _run(
     on_batch: Callable[[list[Scored]], None] | None,
 ) -> None:
     """Runs the phases, or what is left of them, and prints the summary."""
-    task = asyncio.current_task()
-    assert task is not None
-    # `ray job stop` and batch systems end a job with SIGTERM; asyncio treats SIGINT the same way by itself.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     config, recorder = job.config, job.recorder
     reporter = StepReporter(Timeline(job.directory / "timeline.jsonl"))
     try:

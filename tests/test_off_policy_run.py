@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from s2w import cli
 from s2w.compose import compose
 from s2w.errors import ConfigError
-from s2w.job import Job
+from s2w.job import INTERRUPTED, Job
 from s2w.models.student import materialise_student
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
@@ -31,7 +31,7 @@ from s2w.off_policy.dataset import read_dataset
 from s2w.off_policy.phase import run_phase
 from s2w.off_policy.response import Response
 from s2w.records import Rollout, Scored
-from s2w.train import INTERRUPTED, train
+from s2w.train import train
 from s2w.validate import check
 
 SAMPLES, PROMPTS, MODES = 2, 5, 2

@@ -21,9 +21,10 @@ from s2w.cli import main
 from s2w.compose import compose
 from s2w.config import Config
 from s2w.errors import ConfigError
+from s2w.job import INTERRUPTED
 from s2w.observe.progress import Progress
 from s2w.records import Scored, StepReport
-from s2w.train import INTERRUPTED, train
+from s2w.train import train
 
 COMMON = [
     "student.init=fresh", "student.overrides={num_hidden_layers: 1}",

@@ -6,11 +6,10 @@ import asyncio
 import sys
 from pathlib import Path
 
-import ray
 from transformers import PreTrainedTokenizerBase
 
-from s2w.cluster import connect, resolve_device
-from s2w.config import EvalRun
+from s2w.cluster import connected
+from s2w.config import EvalRun, RolloutConfig
 from s2w.errors import ConfigError
 from s2w.eval.grading import Grader
 from s2w.eval.problems import make_prompts, read_problems
@@ -53,11 +52,9 @@ def evaluate(run: EvalRun) -> EvalReport:
             f"the longest prompt and rollout.max_tokens={run.rollout.max_tokens} are {length} tokens, more than the "
             f"model's context of {checkpoint.max_model_len}: write a smaller rollout.max_tokens"
         )
-    connect(run.cluster)
-    try:
-        rollouts = asyncio.run(_sample(run, checkpoint, length, requests))
-    finally:
-        ray.shutdown()
+    with connected(run.cluster) as (device, resources):
+        _check_resources(run.rollout, device, resources)
+        rollouts = asyncio.run(_sample(run, checkpoint, device, length, requests))
     with Grader(checkpoint.tokenizer) as grader:
         graded = grader.grade(rollouts)
     rollout = run.rollout
@@ -124,11 +121,8 @@ def _settings(run: EvalRun, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Mo
     return settings
 
 
-async def _sample(run: EvalRun, checkpoint: Checkpoint, length: int, requests: list[Request]) -> list[Rollout]:
-    """The responses, in the order of ``requests``."""
-    resources = ray.cluster_resources()
-    device = resolve_device(run.cluster, resources)
-    config = run.rollout
+def _check_resources(config: RolloutConfig, device: str, resources: dict[str, float]) -> None:
+    """Raises ConfigError if the cluster is too small."""
     needs = {"CPU": config.engines * config.cpus}
     if device == "cuda":
         needs["GPU"] = config.engines * config.tensor_parallel
@@ -137,6 +131,13 @@ async def _sample(run: EvalRun, checkpoint: Checkpoint, length: int, requests: l
             raise ConfigError(
                 f"rollout.engines={config.engines} reserve {amount:g} {resource}s, but the cluster has {there:g}"
             )
+
+
+async def _sample(
+    run: EvalRun, checkpoint: Checkpoint, device: str, length: int, requests: list[Request]
+) -> list[Rollout]:
+    """The responses, in the order of ``requests``."""
+    config = run.rollout
     pool = RolloutPool(
         config,
         model=str(resolve_path(run.model, run.revision, weights=True)),

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-from pathlib import Path
-
-import ray
-
-from s2w.cluster import connect, resolve_device
-from s2w.compose import to_yaml
+from s2w.cluster import connected
 from s2w.config import Config
 from s2w.errors import ConfigError
+from s2w.job import open_directory, run_interruptibly
 from s2w.observe.progress import Progress
 from s2w.off_policy.collect import DIRECTORY, collect
 from s2w.validate import check, check_generation
-
-INTERRUPTED = 130
-"""Exit code after SIGINT or SIGTERM."""
 
 
 def generate(config: Config) -> int:
@@ -33,26 +24,12 @@ def generate(config: Config) -> int:
         raise ConfigError(f"off_policy.path={config.off_policy.path} is set: there is nothing to generate")
     facts = check(config, generating=True)
     progress = Progress(config.off_policy.steps, config.loss.divergence)
-    connect(config.cluster)
-    try:
-        resources = ray.cluster_resources()
-        device = resolve_device(config.cluster, resources)
+    with connected(config.cluster) as (device, resources):
         check_generation(config, device, resources)
-        run = Path(config.run.dir).resolve()
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(to_yaml(config))
+        directory = open_directory(config) / DIRECTORY
 
         async def work() -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-            await collect(config, facts, device, run / DIRECTORY, progress)
+            await collect(config, facts, device, directory, progress)
+            progress.say(f"responses in {directory}")
 
-        asyncio.run(work())
-        progress.say(f"responses in {run / DIRECTORY}")
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        progress.say(f"interrupted; to continue: the same command with run.dir={config.run.dir} run.resume=true")
-        return INTERRUPTED
-    finally:
-        ray.shutdown()
-    return 0
+        return run_interruptibly(work(), config, progress)
