@@ -60,16 +60,11 @@ STAGES = {"ray::RolloutEngine": "generate", "ray::TeacherEngine": "score", "ray:
 SAMPLE_S = 0.5
 """Between two looks at the processes."""
 EXPERIMENT = [
-    "experiment=testbed", "run.tensorboard=false", "data.heldout_prompts=32",
+    "experiment=testbed", "run.tensorboard=false", "data.heldout_prompts=32", "off_policy.heldout_responses=32",
     "teacher.tensor_parallel=1", "teacher.expert_parallel=false",
 ]  # fmt: skip
 SETTINGS: dict[str, list[str]] = {
-    "off_policy": [
-        "loop.steps=0",
-        "off_policy.prompts=200",
-        "off_policy.heldout_responses=32",
-        "off_policy.steps=700",
-    ],
+    "off_policy": ["loop.steps=0", "off_policy.prompts=200", "off_policy.steps=700"],
     "on_policy": [],
     "grpo": [
         "loss.objective=grpo",
@@ -79,12 +74,7 @@ SETTINGS: dict[str, list[str]] = {
         "learner.learning_rate=3e-4",
         "learner.warmup_steps=10",
     ],
-    "more_off_policy": [
-        "loop.steps=0",
-        "off_policy.heldout_responses=32",
-        "off_policy.steps=1300",
-        "off_policy.learning_rate=1e-3",
-    ],
+    "more_off_policy": ["loop.steps=0", "off_policy.steps=1300", "off_policy.learning_rate=1e-3"],
 }
 """Each arm's own settings, over those of the experiment."""
 

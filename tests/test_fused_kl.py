@@ -277,8 +277,8 @@ def test_importance_weights_undo_an_older_policy() -> None:
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
-@pytest.mark.parametrize("truncation", [None, 1.1])
-def test_sampled_rows_match_the_surrogate(discount: float, truncation: float | None) -> None:
+@pytest.mark.parametrize("importance_limit", [None, 1.1])
+def test_sampled_rows_match_the_surrogate(discount: float, importance_limit: float | None) -> None:
     problem = Problem(rows=13)
     sequences = torch.tensor([0] * 3 + [1] * 7 + [2] * 3)
     older = 0.3 * torch.randn(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -286,13 +286,13 @@ def test_sampled_rows_match_the_surrogate(discount: float, truncation: float | N
     teacher, log_p, _ = sampled(
         problem,
         sampling_log_probs=log_q.detach() + older,
-        truncation=truncation,
+        importance_limit=importance_limit,
         discount=discount,
         sequence_ids=sequences,
     )
     rho = (-older).exp()
-    if truncation is not None:
-        rho = rho.clamp_max(truncation)
+    if importance_limit is not None:
+        rho = rho.clamp_max(importance_limit)
     rewards = (log_p - log_q).detach()
     returns = [
         sum(discount ** (j - i) * float(rewards[j]) for j in range(i, 13) if sequences[j] == sequences[i])

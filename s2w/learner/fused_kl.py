@@ -118,12 +118,12 @@ class SampledRows:
     """[N], the teacher's, at the temperature of the loss."""
     sampling_log_probs: Tensor | None = None
     """[N], of the policy that sampled, at the temperature of the loss; None where it is the current one (rho = 1)."""
-    truncation: float | None = None
+    importance_limit: float | None = None
     """Upper limit of rho (V-trace's rho-bar, arXiv 1802.01561)."""
     discount: float = 0.0
     """gamma > 0 credits a token with what follows: A_i = sum_(j >= i) gamma^(j - i) (log p_j - log q_j)."""
     sequence_ids: Tensor | None = None
-    """[N] integers, for ``discount``: rows of one response are adjacent, in order, and share an id."""
+    """[N], for ``discount``: rows of one response are adjacent, in order, and share a number."""
 
     kind = "sampled"
 
@@ -136,7 +136,7 @@ class SampledRows:
         if self.sampling_log_probs is None:
             return torch.ones_like(log_q)
         ratio = (log_q - self.sampling_log_probs[rows]).exp()
-        return ratio if self.truncation is None else ratio.clamp_max(self.truncation)
+        return ratio if self.importance_limit is None else ratio.clamp_max(self.importance_limit)
 
     def returns(self, rows: slice, rewards: Tensor, following: Tensor | None) -> Tensor:
         """Discounted sums of ``rewards`` [n] over the later rows of the same sequence, [n].

@@ -317,7 +317,7 @@ class LearnerRank:
                     ids,
                     signal["log_probs"],
                     log_probs,
-                    truncation=self.spec.loss.importance_limit,
+                    importance_limit=self.spec.loss.importance_limit,
                     discount=self.spec.loss.discount,
                     sequence_ids=self._rows(samples, range(len(samples))),
                 )
