@@ -40,9 +40,9 @@ VOCAB_SIZE = 32768
 class OneEngine:
     """A learner of one rank and a pool of one engine, both in this process."""
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, model: Qwen3ForCausalLM, dtype: torch.dtype) -> None:
         self.receiver = WeightReceiver(llm)
-        self.transfer: SharedMemoryTransfer
+        self.transfer = SharedMemoryTransfer(CheckpointStream(model, model.named_parameters, dtype), rank=0)
 
     async def send_weights(self, step: SendStep, *args: Any) -> Any:
         return getattr(self.transfer, step)(*args)
@@ -89,6 +89,7 @@ async def measure(size: str, dtype: Any, repeats: int) -> tuple[list[SwapReport]
     models = [make_model(size, seed).to(getattr(torch, dtype)) for seed in (0, 1)]
     with tempfile.TemporaryDirectory() as path:
         models[0].save_pretrained(path)
+        states = [{name: value.clone() for name, value in one.state_dict().items()} for one in models]
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=path,
@@ -102,12 +103,11 @@ async def measure(size: str, dtype: Any, repeats: int) -> tuple[list[SwapReport]
             )
         )
     try:
-        engine = OneEngine(llm)
+        model = models[0]
+        engine = OneEngine(llm, model, getattr(torch, dtype))
         reports = []
         for version in range(1, repeats + 2):
-            model = models[version % 2]
-            stream = CheckpointStream(model, model.named_parameters, getattr(torch, dtype))
-            engine.transfer = SharedMemoryTransfer(stream, rank=0)
+            model.load_state_dict(states[version % 2])
             reports.append(await publish(engine, engine, version))
         ids = np.arange(64, dtype=np.int32) * 97
         values = await engine_log_probs(llm, ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from s2w.hardware import SHARED_CORES, core_count
+from s2w.hardware import core_count, cpu_environment
 
 CONCURRENT_CALLS = 10_000
 """Calls that may wait inside one asyncio actor; vLLM's scheduler does the real queueing."""
@@ -21,7 +21,7 @@ def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
     """
     environment = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
-        environment |= SHARED_CORES
+        environment |= cpu_environment()
     return {
         "num_cpus": cpus,
         "num_gpus": world if device == "cuda" else 0,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,14 @@ MEMORY_FILES = "s2w-weights"
 
 def open_segments() -> int:
     """Segments that this process holds."""
-    links = []
+    files = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         try:
-            links.append(os.readlink(descriptor))
+            if MEMORY_FILES in os.readlink(descriptor):
+                files.add(descriptor.stat().st_ino)  # The mapping has a descriptor of its own.
         except FileNotFoundError:  # The descriptor of the listing itself.
             continue
-    return sum(MEMORY_FILES in link for link in links)
+    return len(files)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,23 +83,26 @@ def test_stream_refuses_parameters_that_a_checkpoint_merges() -> None:
 def test_segment_round_trip(dtype: torch.dtype) -> None:
     model = make_model("moe", seed=1)
     stream = CheckpointStream(model, model.named_parameters, dtype)
-    segment = Segment(stream)
+    segment = Segment(stream.metadata())
+    segment.write(stream)
     assert all(offset % ALIGNMENT == 0 for _, _, _, offset in segment.info["tensors"])
-    read = dict(read_segment(segment.info))
-    segment.close()
-    segment.close()
+    info = segment.info
+    read = dict(read_segment(info))
+    del segment
     # Views outlive the segment; writing to them is private.
     assert [name for name, _ in stream] == list(read)
     for name, tensor in stream:
         assert read[name].dtype == dtype
         assert torch.equal(read[name], tensor), name
     with pytest.raises(FileNotFoundError, match="on one node"):
-        next(read_segment(segment.info))
+        read_segment(info)
 
 
 def test_another_process_reads_a_private_copy() -> None:
     model = make_model("tied", seed=0)
-    segment = Segment(CheckpointStream(model, model.named_parameters, torch.float32))
+    stream = CheckpointStream(model, model.named_parameters, torch.float32)
+    segment = Segment(stream.metadata())
+    segment.write(stream)
     code = (
         "import json, sys; from s2w.weights.shm import read_segment\n"
         "total = 0.0\n"
@@ -111,27 +117,36 @@ def test_another_process_reads_a_private_copy() -> None:
     assert all(
         torch.equal(read, p) for (_, read), p in zip(read_segment(segment.info), model.parameters(), strict=True)
     )
-    segment.close()
 
 
-def test_no_memory_is_left_behind() -> None:
+def test_all_swaps_use_the_same_memory() -> None:
     model = make_model("tied", seed=0)
+    fail = False
 
-    def broken() -> Iterator[tuple[str, torch.Tensor]]:
-        yield next(model.named_parameters())
-        raise ConnectionError("a rank is gone")
+    def parameters() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from islice(model.named_parameters(), 1 if fail else None)
+        if fail:
+            raise ConnectionError("a rank is gone")
 
-    failing = SharedMemoryTransfer(CheckpointStream(model, broken, torch.float32), rank=0)
+    before = open_segments()
+    transfer = SharedMemoryTransfer(CheckpointStream(model, parameters, torch.float32), rank=0)
+    first = transfer.prepare({0: 1})
+    fail = True
     with pytest.raises(ConnectionError):
-        failing.prepare({0: 1})
-    assert open_segments() == 0
-    transfer = SharedMemoryTransfer(CheckpointStream(model, model.named_parameters, torch.float32), rank=0)
-    for _ in range(2):
         transfer.prepare({0: 1})
-        assert open_segments() == 1
-    transfer.release()
-    transfer.release()
-    assert open_segments() == 0
+    fail = False
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    again = transfer.prepare({0: 1})
+    assert again == first
+    assert again is not None
+    assert open_segments() == before + 1
+    for (name, value), parameter in zip(read_segment(again.info["segment"]), model.parameters(), strict=True):
+        assert torch.equal(value, parameter), name
+    del transfer, value  # what was read keeps the memory too
+    gc.collect()  # the error above is part of a cycle
+    assert open_segments() == before
 
 
 def test_other_ranks_take_part_in_gathering_and_send_nothing() -> None:

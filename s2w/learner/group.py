@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from s2w.config import Config
-from s2w.hardware import SHARED_CORES, resolve_dtype
+from s2w.hardware import cpu_environment, resolve_dtype
 from s2w.job import Job
 from s2w.learner import checkpoint
 from s2w.learner.batching import MicroBatch, plan_micro_batches
@@ -390,7 +390,7 @@ def _describe(shape: dict[str, Any]) -> str:
 
 def _environment(device: str) -> dict[str, str]:
     environment = {"DS_ACCELERATOR": device, "TOKENIZERS_PARALLELISM": "false"}
-    return environment | SHARED_CORES if device == "cpu" else environment
+    return environment | cpu_environment() if device == "cpu" else environment
 
 
 async def start_learner(config: Config, student: Path, job: Job) -> LearnerGroup:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import ray
 import torch
 
@@ -48,7 +49,16 @@ class Buffer:
         size = math.prod(shape) * parts[0].itemsize
         if name not in self._bytes or len(self._bytes[name]) < size:
             self._bytes[name] = torch.empty(size, dtype=torch.uint8)
-        return torch.cat(list(parts), out=self._bytes[name][:size].view(parts[0].dtype).view(shape))
+        joined = self._bytes[name][:size].view(parts[0].dtype).view(shape)
+        # NumPy copies in this thread alone. Torch would start an OpenMP team for it, and libgomp, with more threads
+        # than cores, would then let no thread of any team wait without sleeping.
+        np.concatenate([_raw(part) for part in parts], out=_raw(joined))
+        return joined
+
+
+def _raw(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's bytes, its last dimension longer; shares memory."""
+    return tensor.view(torch.uint8).numpy()
 
 
 def fetch(samples: Sequence[Scored], buffer: Buffer) -> Fetched:

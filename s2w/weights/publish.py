@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
     from s2w.weights.transfer import Update
 
-RELEASE_TIMEOUT_S = 30.0
-"""For the learner to free what a swap used; it may be stuck in a broadcast that failed."""
-
-SendStep = Literal["prepare", "connect", "send", "release"]
+SendStep = Literal["prepare", "connect", "send"]
 ReceiveStep = Literal["init", "pause", "update", "finish", "resume"]
 
 
@@ -158,23 +155,19 @@ async def publish(learner: WeightSource, pool: WeightSink, version: int, timeout
         loaded = max(loaded, time.perf_counter())
         await sink(engine, "resume")
 
-    try:
-        update: Update = await source("prepare", workers)
-        gathered = time.perf_counter()
-        if update.connect:
-            meeting = _each(update.connect, lambda engine: sink(engine, "init", update.connect[engine]))
-            _check(version, "connect", await _while_sending(source("connect"), meeting))
-        stop = time.perf_counter()
-        failed = await _each(workers, lambda engine: sink(engine, "pause"))
-        if failed:
-            await _each(workers.keys() - failed.keys(), lambda engine: sink(engine, "resume"))
-        _check(version, "pause", failed)
-        stopped = time.perf_counter()
-        _check(version, "load", await _while_sending(source("send"), _each(workers, load)))
-        resumed = time.perf_counter()
-    finally:
-        with suppress(Exception):
-            await asyncio.wait_for(learner.send_weights("release"), RELEASE_TIMEOUT_S)
+    update: Update = await source("prepare", workers)
+    gathered = time.perf_counter()
+    if update.connect:
+        meeting = _each(update.connect, lambda engine: sink(engine, "init", update.connect[engine]))
+        _check(version, "connect", await _while_sending(source("connect"), meeting))
+    stop = time.perf_counter()
+    failed = await _each(workers, lambda engine: sink(engine, "pause"))
+    if failed:
+        await _each(workers.keys() - failed.keys(), lambda engine: sink(engine, "resume"))
+    _check(version, "pause", failed)
+    stopped = time.perf_counter()
+    _check(version, "load", await _while_sending(source("send"), _each(workers, load)))
+    resumed = time.perf_counter()
     return SwapReport(
         version=version,
         bytes=update.nbytes,

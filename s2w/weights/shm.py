@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
 
-from s2w.weights.names import CheckpointStream
+from s2w.weights.names import CheckpointStream, CheckpointTensor
 
 BACKEND = "shm"
 """Name of the backend in vLLM's ``WeightTransferConfig``."""
@@ -27,50 +27,38 @@ class SegmentInfo(TypedDict):
 
 
 class Segment:
-    """A memory file that lives as long as this object.
+    """A memory file that lives as long as this object; readers keep what they have mapped.
 
     Opened by other processes of this user through ``/proc``. Unlike a named file in ``/dev/shm`` it cannot outlive
     the process that made it, however that ends, and a container's limit on ``/dev/shm`` does not apply to it.
     """
 
-    def __init__(self, stream: CheckpointStream) -> None:
-        """Writes one pass of ``stream``, cast on the way.
+    def __init__(self, tensors: Sequence[CheckpointTensor]) -> None:
+        """Takes the memory for ``tensors``.
 
         Raises:
             OSError: not enough memory.
         """
-        self._file = os.fdopen(os.memfd_create("s2w-weights"), "r+b", buffering=0)
-        try:
-            self.info = self._write(stream)
-        except BaseException:
-            self.close()
-            raise
-
-    def _write(self, stream: CheckpointStream) -> SegmentInfo:
-        metadata, offsets, size = stream.metadata(), [], 0
-        for tensor in metadata:
-            offsets.append(size)
+        size = 0
+        layout: list[tuple[str, str, list[int], int]] = []
+        for tensor in tensors:
+            layout.append((tensor.name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
             size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self._file = os.fdopen(os.memfd_create("s2w-weights"), "r+b", buffering=0)
         # Allocates now: writing to a hole that cannot be filled would kill the process instead of raising.
         os.posix_fallocate(self._file.fileno(), 0, size)
-        with mmap.mmap(self._file.fileno(), size) as memory:
-            for meta, offset, (_, value) in zip(metadata, offsets, stream, strict=True):
-                target = torch.frombuffer(memory, dtype=meta.dtype, count=value.numel(), offset=offset)
-                target.view(meta.shape).copy_(value)
-                del target  # The mapping can be closed only when no tensor exports it.
-        tensors = [
-            (meta.name, str(meta.dtype).removeprefix("torch."), list(meta.shape), offset)
-            for meta, offset in zip(metadata, offsets, strict=True)
-        ]
-        return {"path": f"/proc/{os.getpid()}/fd/{self._file.fileno()}", "tensors": tensors}
+        self._memory = mmap.mmap(self._file.fileno(), size)
+        self.info: SegmentInfo = {"path": f"/proc/{os.getpid()}/fd/{self._file.fileno()}", "tensors": layout}
 
-    def close(self) -> None:
-        """Lets go of the memory; readers keep what they have mapped. May be called again."""
-        self._file.close()
+    def write(self, stream: CheckpointStream) -> None:
+        """Writes one pass of ``stream``, cast on the way, over what was there. No reader may be at work."""
+        for (_, target), (_, value) in zip(_views(self._memory, self.info), stream, strict=True):
+            target.copy_(value)
 
 
 def read_segment(info: SegmentInfo) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields ``(name, tensor)``: views of a private mapping that lasts until the last of them is gone.
+    """``(name, tensor)``: views of a private mapping that lasts until the last of them is gone. Where they were not
+    written to they show what is written to the segment later.
 
     Raises:
         FileNotFoundError: the segment is gone or belongs to another node.
@@ -82,6 +70,10 @@ def read_segment(info: SegmentInfo) -> Iterator[tuple[str, torch.Tensor]]:
         raise FileNotFoundError(
             f"no weights at {info['path']}: shared-memory transfer needs engines and learner rank 0 on one node"
         ) from error
+    return _views(memory, info)
+
+
+def _views(memory: mmap.mmap, info: SegmentInfo) -> Iterator[tuple[str, torch.Tensor]]:
     for name, dtype, shape, offset in info["tensors"]:
         count = torch.Size(shape).numel()
         yield name, torch.frombuffer(memory, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)

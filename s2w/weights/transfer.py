@@ -32,7 +32,7 @@ class Update:
 
 
 class Transfer(ABC):
-    """One learner rank's part; methods are called in the order prepare, connect (if asked for), send, release.
+    """One learner rank's part; methods are called in the order prepare, connect (if asked for), send.
 
     Args:
         stream: the weights.
@@ -61,16 +61,12 @@ class Transfer(ABC):
     def send(self) -> None:
         """Sends the weights; the engines receive at the same time."""
 
-    @abstractmethod
-    def release(self) -> None:
-        """Frees what the swap needed, whether or not it succeeded."""
-
 
 class SharedMemoryTransfer(Transfer):
     """CPU: the weights are written to memory that the engines of the same node map.
 
-    Gathering and writing come before the engines stop; one copy of the weights, in the engines' dtype, lives
-    from ``prepare`` to ``release``.
+    Gathering and writing come before the engines stop. One copy of the weights, in the engines' dtype, stays from the
+    first swap on: to take new memory for each would cost several times the copy.
     """
 
     backend = shm.BACKEND
@@ -80,18 +76,14 @@ class SharedMemoryTransfer(Transfer):
         if self.rank != 0:
             self.stream.drain()
             return None
-        self.release()
-        self._segment = shm.Segment(self.stream)
+        if self._segment is None:
+            self._segment = shm.Segment(self.stream.metadata())
+        self._segment.write(self.stream)
         return Update({"segment": self._segment.info}, self.stream.nbytes)
 
     def connect(self) -> None: ...
 
     def send(self) -> None: ...
-
-    def release(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
 
 
 class NcclTransfer(Transfer):
@@ -170,8 +162,6 @@ class NcclTransfer(Transfer):
             # The communicator is unusable after a broken broadcast: the next swap makes another.
             self._workers = None
             raise
-
-    def release(self) -> None: ...
 
 
 class _NoClient:
