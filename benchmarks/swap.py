@@ -89,7 +89,6 @@ async def measure(size: str, dtype: Any, repeats: int) -> tuple[list[SwapReport]
     models = [make_model(size, seed).to(getattr(torch, dtype)) for seed in (0, 1)]
     with tempfile.TemporaryDirectory() as path:
         models[0].save_pretrained(path)
-        states = [{name: value.clone() for name, value in one.state_dict().items()} for one in models]
         llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=path,
@@ -103,11 +102,11 @@ async def measure(size: str, dtype: Any, repeats: int) -> tuple[list[SwapReport]
             )
         )
     try:
-        model = models[0]
+        model = make_model(size, seed=2).to(getattr(torch, dtype))
         engine = OneEngine(llm, model, getattr(torch, dtype))
         reports = []
         for version in range(1, repeats + 2):
-            model.load_state_dict(states[version % 2])
+            model.load_state_dict(models[version % 2].state_dict())
             reports.append(await publish(engine, engine, version))
         ids = np.arange(64, dtype=np.int32) * 97
         values = await engine_log_probs(llm, ids)

@@ -109,8 +109,7 @@ def _sampled_rows(sample: Scored, payload: Payload) -> dict[str, torch.Tensor]:
         )
     if not rollout.forced:
         return tensors
-    rows = torch.from_numpy(rollout.sampled_rows)
-    return {name: tensor[rows] for name, tensor in tensors.items()}
+    return decode(payload | {name: payload[name][rollout.sampled_rows] for name in tensors})
 
 
 class SignalStream:
