@@ -1,15 +1,17 @@
 """Time and peak memory of the distillation loss, forward and backward, against its limit and its peers.
 
 The limit is the four matrix products alone: student logits, teacher logits, gradient of the hidden rows, gradient of
-the head. The peers are a plain PyTorch loss, Liger-Kernel's chunked loss and TRL's. Every variant runs on the same
-inputs in a fresh process, and its loss and gradients are checked against ours. TRL runs in an environment of its own:
+the head. Beside it stand a plain PyTorch loss, Liger-Kernel's chunked loss and TRL's. Every variant runs on the same
+inputs in a fresh process, and its loss and gradients are checked against ours. The last two have an environment of
+their own:
 
-    python -m venv /tmp/trl && /tmp/trl/bin/pip install trl==1.16.0 torch==2.13.0
-    python benchmarks/kl.py --trl-python /tmp/trl/bin/python --json kl.json
+    python -m venv /tmp/peers && /tmp/peers/bin/pip install trl==1.16.0 liger-kernel==0.8.5 torch==2.13.0
+    python benchmarks/kl.py --peers-python /tmp/peers/bin/python --json kl.json
 
-A time is the best of all repeats, in seconds; on a shared machine `--clock cpu --threads 1` counts only what the
-process itself computed. Memory is the growth of the process's peak resident set over its inputs, in bytes. A ratio is
-ours over theirs.
+A time is the best of all repeats, in seconds, with the environment of s2w's CPU actors (allocator and OpenMP); on a
+shared machine `--clock cpu --threads 1` counts only what the process itself computed. Memory is the growth of the
+process's peak resident set over its inputs, in bytes, with glibc's allocator, which gives large blocks back. A ratio
+is ours over theirs.
 """
 
 from __future__ import annotations
@@ -169,24 +171,27 @@ def work(variant: str, size: Size, arguments: argparse.Namespace) -> dict[str, A
     assert x.hidden.grad is not None and x.head.grad is not None
     return {
         "seconds": min(seconds),
-        # The first: later repeats find memory that the allocator kept.
         "memory": peaks[0],
         "loss": None if loss is None else float(loss),
         "gradients": None if loss is None else [float(t.grad.float().norm()) for t in (x.hidden, x.head)],  # type: ignore[union-attr]
     }
 
 
-def run(variant: str, size: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs one variant in a fresh process; ``error`` holds the last line of what stopped it."""
-    python = arguments.trl_python if variant == "trl" else sys.executable
+def run(variant: str, size: str, arguments: argparse.Namespace, actor: bool) -> dict[str, Any]:
+    """Runs one variant in a fresh process, with the environment of an actor or as it is; ``error`` holds the last line
+    of what stopped it."""
+    from s2w.hardware import cpu_environment  # not at the top: the peers' interpreter has no s2w
+
+    python = arguments.peers_python if variant in ("liger", "trl") else sys.executable
     if python is None:
-        return {"error": "no --trl-python"}
+        return {"error": "no --peers-python"}
     command = [python, __file__, "--worker", variant, "--sizes", size, "--divergence", arguments.divergence]
     command += ["--chunk-rows", str(arguments.chunk_rows), "--repeats", str(arguments.repeats)]
     command += ["--dtype", arguments.dtype, "--threads", str(arguments.threads), "--clock", arguments.clock]
     if arguments.rows is not None:
         command += ["--rows", str(arguments.rows)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | (cpu_environment() if actor else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -206,12 +211,12 @@ def check(results: dict[str, Any], dtype: str) -> None:
 
 def measure(size: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All variants at one size, ``rounds`` times in turn, so that a busy moment does not fall on one of them."""
-    results: dict[str, Any] = {}
-    for _ in range(arguments.rounds):
-        for variant in VARIANTS:
-            result = run(variant, size, arguments)
-            best = results.get(variant)
-            if best is None or result.get("seconds", float("inf")) < best.get("seconds", float("inf")):
+    results = {variant: run(variant, size, arguments, actor=False) for variant in VARIANTS}
+    memory = {variant: result["memory"] for variant, result in results.items() if "memory" in result}
+    for number in range(arguments.rounds):
+        for variant in memory:
+            result = run(variant, size, arguments, actor=True) | {"memory": memory[variant]}
+            if number == 0 or result["seconds"] < results[variant]["seconds"]:
                 results[variant] = result
     check(results, arguments.dtype)
 
@@ -253,12 +258,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="instead of the size's own")
     parser.add_argument("--divergence", choices=BETA, default="forward_kl")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--chunk-rows", type=int, default=256, help="ours only; peers keep their defaults")
+    parser.add_argument("--chunk-rows", type=int, default=1024, help="ours only, s2w's default; peers keep theirs")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--repeats", type=int, default=3, help="in one process")
-    parser.add_argument("--rounds", type=int, default=1, help="fresh processes of each variant")
-    parser.add_argument("--trl-python", metavar="PATH", help="interpreter that has trl")
+    parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each variant")
+    parser.add_argument("--peers-python", metavar="PATH", help="interpreter that has trl and liger-kernel")
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,7 +1,8 @@
 """Bytes a second of teacher signals, from a teacher actor to a learner rank, against a plain copy of the same bytes.
 
-Two Ray actors on this machine: one encodes, checks and puts payloads as a teacher engine does, the other takes them
-as a learner rank does (`SignalStream`), micro-batch by micro-batch. The driver stands where the controller does: only
+Two Ray actors on this machine: one encodes and puts payloads as a teacher engine does, the other takes them as a
+learner rank does (`SignalStream`), micro-batch by micro-batch: hidden rows are read where they are, other signals are
+joined. The driver stands where the controller does: only
 records with references pass through it, and their size is reported. The hops are timed one after the other, so that
 each has the machine to itself, and together, the rank fetching while the teacher still puts.
 
@@ -16,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w.learner.divergence import make_divergence
 from s2w.learner.fused_kl import Head, HiddenRows, divergence_values
-from s2w.learner.signals import Buffer, SignalStream
+from s2w.learner.signals import SignalStream, joined
 from s2w.records import Prompt, Rollout, Scored, SignalKind, TeacherSignal
 from s2w.teacher.head import load_head
 from s2w.teacher.signal import HiddenDtype, bytes_per_row, check_finite, decode, encode, hidden_rows, nbytes
@@ -42,6 +43,11 @@ WIRES: tuple[tuple[str, SignalKind, torch.dtype, HiddenDtype], ...] = (
 )
 """Name, kind, dtype at the teacher, dtype of the wire."""
 TOP_K = 64
+PAGE = 4096
+"""Bytes of a page of memory."""
+FREED = 1.5
+"""Seconds after which Ray has freed the objects that are no longer needed: it does so once a second. Until then a
+round would be put into memory that nobody has touched, or push the one before it out to disk."""
 
 
 class Teacher:
@@ -61,7 +67,8 @@ class Teacher:
         """One response's signal, in the object store."""
         started, began = time.time(), time.perf_counter()
         payload = encode(kind, self.rows[index], dtype=wire)
-        check_finite(payload, str(index))
+        if kind != "hidden":
+            check_finite(payload, str(index))
         reference = ray.put(payload)
         seconds = time.perf_counter() - began
         rows, size = len(self.rows[index]), nbytes(payload)
@@ -71,15 +78,19 @@ class Teacher:
 class Rank:
     """What of a learner rank comes before the model."""
 
-    def __init__(self) -> None:
-        self.buffers: list[Buffer] = []
-
-    def take(self, micro_batches: list[list[Scored]]) -> tuple[int, float]:
-        """Bytes, and seconds of the fetching thread."""
-        stream = SignalStream(micro_batches, self.buffers)
+    def take(self, kind: SignalKind, micro_batches: Sequence[Sequence[Scored]]) -> int:
+        """Bytes."""
+        stream = SignalStream(micro_batches)
         for fetched in stream:
             assert fetched is not None and fetched.error is None
-        return stream.nbytes, stream.fetched
+            if kind != "hidden":
+                joined(fetched.parts)
+                continue
+            for part in fetched.parts:
+                for tensor in part.values():
+                    # Maps every page: the matrix product that reads the rest is the learner's work.
+                    tensor.view(torch.uint8).flatten()[::PAGE].max()
+        return stream.nbytes
 
     def copy(self, size: int, repeats: int) -> float:
         """Seconds to copy ``size`` bytes once, from memory to memory that is mapped already: the median."""
@@ -110,27 +121,30 @@ def measure(
         return [samples[i : i + options.micro_batch] for i in range(0, len(samples), options.micro_batch)]
 
     times: dict[str, list[float]] = {"put": [], "fetch": [], "together": []}
-    size = records = 0
+    size = 0
     for _ in range(options.repeats + 2):
+        time.sleep(FREED)
         began = time.perf_counter()
         signals = ray.get([teacher.put.remote(kind, wire_dtype, i) for i in range(options.samples)])
         put = time.perf_counter()
-        size, _ = ray.get(rank.take.remote(grouped(signals)))
+        size = ray.get(rank.take.remote(kind, grouped(signals)))
         times["put"].append(put - began)
         times["fetch"].append(time.perf_counter() - put)
-        records = sum(len(pickle.dumps(signal.nbytes)) + len(ray.cloudpickle.dumps(signal)) for signal in signals)
         del signals
+        time.sleep(FREED)
 
         began = time.perf_counter()
         puts = [teacher.put.remote(kind, wire_dtype, i) for i in range(options.samples)]
         takes = []
         for start in range(0, options.samples, options.micro_batch):
             [batch] = grouped(ray.get(puts[start : start + options.micro_batch]))
-            takes.append(rank.take.remote([batch]))
+            takes.append(rank.take.remote(kind, [batch]))
         ray.get(takes)
         times["together"].append(time.perf_counter() - began)
         del puts, batch
     seconds = {hop: statistics.median(values[2:]) for hop, values in times.items()}
+    # The last thing, and once: Ray keeps the object of a reference that is pickled outside of a call.
+    record = len(ray.cloudpickle.dumps(ray.get(teacher.put.remote(kind, wire_dtype, 0))))
     copy = ray.get(rank.copy.remote(size, options.repeats))
     return {
         "wire": name,
@@ -141,7 +155,7 @@ def measure(
         "mb_per_s": {hop: size / value / 1e6 for hop, value in seconds.items()},
         "copy_mb_per_s": size / copy / 1e6,
         "ratio": copy / seconds["together"],
-        "controller_bytes_per_token": records / (options.rows * options.samples),
+        "controller_bytes_per_token": record / options.rows,
     }
 
 
@@ -187,8 +201,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
 
-    # Room for two rounds of float32 rows: a round's objects are freed while the next one is put.
-    store = 3 * options.samples * options.rows * options.width * 4
+    store = 2 * options.samples * options.rows * options.width * 4
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=max(store, 2**28))
     remote: Any = ray.remote
     # A teacher engine's event loop leaves this to threads.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2w.learner.divergence import AdaptiveKL, Divergence, ForwardKL, ReverseKL, make_divergence
+from s2w.learner.divergence import DIVERGENCES, AdaptiveKL, Divergence, ForwardKL, ReverseKL, make_divergence
 from s2w.learner.fused_kl import (
     DivergenceOutput,
     Head,
@@ -109,7 +109,7 @@ class Problem:
                 logits = head.softcap * (logits / head.softcap).tanh()
             return (logits / temperature).log_softmax(-1)
 
-        return side(self.teacher.hidden, self.teacher.head), side(self.hidden, self.head)
+        return side(self.teacher.hidden[:], self.teacher.head), side(self.hidden, self.head)
 
     def sparse(self, k: int, by: str = "teacher", temperature: float = 1.0) -> SparseRows:
         """The k likeliest ids of one side, with exact tail."""
@@ -335,7 +335,7 @@ def test_float32_statistics(name: str) -> None:
     for high_tensor, low_tensor in zip(high.inputs, low.inputs, strict=True):
         high_tensor.data.copy_(low_tensor.detach())
     high.teacher = HiddenRows(
-        low.teacher.hidden.double(),
+        low.teacher.hidden[:].double(),
         Head(low.teacher.head.weight.double(), low.teacher.head.bias.double()),  # type: ignore[union-attr]
     )
     high.weights = low.weights.double()
@@ -354,7 +354,7 @@ def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     high = Problem(rows=64, vocab=300, bias=False)
     for high_tensor, low_tensor in zip(high.inputs, low.inputs, strict=True):
         high_tensor.data.copy_(low_tensor.detach())
-    high.teacher = HiddenRows(low.teacher.hidden.double(), Head(low.teacher.head.weight.double()))
+    high.teacher = HiddenRows(low.teacher.hidden[:].double(), Head(low.teacher.head.weight.double()))
     high.weights = low.weights.double()
     got, expected = low.loss(low.teacher, ForwardKL()), high.loss(high.teacher, ForwardKL())
     assert got.loss.dtype == got.values.dtype == torch.float32
@@ -378,6 +378,20 @@ def test_low_precision_head_gradient_is_summed_in_float32() -> None:
     expected = rows * -log_q[0] * (log_q.exp() - torch.tensor([1.0, 0.0]))
     # Each of the four roundings to bfloat16 is off by 2^-9 at most.
     torch.testing.assert_close(gradient[:, 0].double(), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_a_hidden_row_that_is_not_finite_has_no_divergence(
+    name: str, side: str, value: float, softcap: float | None
+) -> None:
+    problem = Problem(softcap=softcap)
+    with torch.no_grad():
+        (problem.teacher.hidden[:] if side == "teacher" else problem.hidden)[2, 1] = value
+    output = problem.loss(problem.teacher, build(name))
+    assert (~output.values.isfinite()).nonzero().tolist() == [[2]] and not output.loss.isfinite()
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])

@@ -240,11 +240,15 @@ def refuse_steps(world: World, samples: list[Scored], step: int) -> None:
     hidden = ray.get(samples[3].signal.payload)["hidden"].copy()
     hidden[-1, 5] = np.nan
     bad = [*samples[:3], with_payload(rollout, {"hidden": hidden, "dtype": "float32"}), *samples[4:]]
-    with pytest.raises(NonFiniteError, match=f"divergence of {rollout.uid} is not finite") as error:
+    with pytest.raises(NonFiniteError, match=rf"divergence of {rollout.uid} is not finite \(.*hidden is not") as error:
         world.run(world.group.step(bad, step))
     dump = torch.load(str(error.value).rpartition("see ")[2].split(";")[0], weights_only=False)
     assert rollout.uid in dump["uids"]
-    assert dump["signal"]["hidden"].isnan().sum() == 1
+    assert sum(int(part["hidden"].isnan().sum()) for part in dump["signals"]) == 1
+    with pytest.raises(NonFiniteError, match=f"teacher signal of {rollout.uid}: hidden is not finite in 1 of"):
+        world.run(world.group.evaluate(bad, ["forward_kl"]))
+    with pytest.raises(NonFiniteError, match=f"teacher signal of {rollout.uid}: hidden is not finite in 1 of"):
+        world.run(world.group.teacher_log_probs(bad))
 
     hidden = np.zeros((len(hidden) + 1, hidden.shape[1]), np.float32)
     bad[3] = with_payload(rollout, {"hidden": hidden, "dtype": "float32"})

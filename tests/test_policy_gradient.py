@@ -115,7 +115,7 @@ def test_beside_a_divergence(kind: str, temperature: float) -> None:
     generator = torch.Generator().manual_seed(1)
     head = Head(torch.randn(VOCAB + PADDING, 3, generator=generator, dtype=torch.float64))
     rows = HiddenRows(torch.randn(ROWS, 3, generator=generator, dtype=torch.float64), head)
-    log_p = (head.logits(rows.hidden)[:, :VOCAB] / temperature).log_softmax(-1)
+    log_p = (head.logits(rows.hidden[:])[:, :VOCAB] / temperature).log_softmax(-1)
     log_q = case.log_q(temperature)
     teacher: TeacherRows = rows
     if kind == "topk":

@@ -41,7 +41,7 @@ def coarsen(log_probs: Tensor, ids: Tensor) -> Tensor:
 def solve(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, Tensor]:
     """Value by (log p, log q), and its gradient by the student's hidden rows."""
     leaf = HIDDEN.clone().requires_grad_()
-    value = loss(log_probs(TEACHER.hidden, TEACHER.head), log_probs(leaf, HEAD))
+    value = loss(log_probs(TEACHER.hidden[:], TEACHER.head), log_probs(leaf, HEAD))
     return value.item(), torch.autograd.grad(value, leaf)[0]
 
 
@@ -100,7 +100,7 @@ def test_the_sampled_token_carries_reverse_kl_alone() -> None:
         return ((at_q - at_p).detach() * at_q).sum()
 
     _, gradient = solve(score_function)
-    log_p, log_q = log_probs(TEACHER.hidden, TEACHER.head), log_probs(HIDDEN, HEAD)
+    log_p, log_q = log_probs(TEACHER.hidden[:], TEACHER.head), log_probs(HIDDEN, HEAD)
     value = (log_q - log_p).gather(-1, SAMPLED[:, None]).sum().item()
     cosine = torch.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), 0).item()
     assert got == pytest.approx(

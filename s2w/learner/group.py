@@ -225,7 +225,7 @@ class LearnerGroup:
 
         Raises:
             ValueError: unknown divergence, no samples, or one without sampled tokens.
-            SignalLostError: the message names the sample.
+            SignalLostError, NonFiniteError: the message names the sample.
         """
         loss = self.config.loss
         named = [(name, make_divergence(name, beta=loss.beta, alpha=loss.alpha)) for name in divergences]
@@ -243,7 +243,7 @@ class LearnerGroup:
 
         Raises:
             ValueError: no samples, or one without sampled tokens.
-            SignalLostError: the message names the sample.
+            SignalLostError, NonFiniteError: the message names the sample.
         """
         plan = self._plan(samples)
         shares = await self._call("teacher_log_probs", [(work,) for work in _share_out(samples, plan)])

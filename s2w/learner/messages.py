@@ -20,7 +20,8 @@ class StepRefusedError(RuntimeError):
 
 
 class NonFiniteError(StepRefusedError):
-    """The divergence of some sample is NaN or infinite; the message names it and the file with its micro-batch."""
+    """The divergence or the signal of some sample is NaN or infinite; the message names it, and the file with the
+    micro-batch of a step."""
 
 
 class SignalLostError(StepRefusedError):

@@ -175,11 +175,12 @@ def _signals(
         yield name, SparseRows(*columns), bytes_per_row("topk", top_k=columns[0].shape[1])
     if carries("sampled", divergence).strength != "not possible":
         yield "sampled", SampledRows(sampled_ids, torch.cat(at_sampled)), bytes_per_row("sampled")
+    teacher_rows = teacher.hidden[:].detach().float().cpu()
     dtypes: tuple[HiddenDtype, ...] = ("bfloat16", "float8")
     for dtype in dtypes:
-        payload = encode("hidden", teacher.hidden.detach().float().cpu(), dtype=dtype)
+        payload = encode("hidden", teacher_rows, dtype=dtype)
         rows_again = hidden_rows(decode(payload), hidden.dtype).to(hidden.device)
-        size = bytes_per_row("hidden", hidden_size=teacher.hidden.shape[1], dtype=payload["dtype"])
+        size = bytes_per_row("hidden", hidden_size=teacher_rows.shape[1], dtype=payload["dtype"])
         yield f"hidden_{dtype}", HiddenRows(rows_again, teacher.head), size
 
 

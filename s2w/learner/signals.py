@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
 import ray
 import torch
 
 from s2w.records import Scored
-from s2w.teacher.signal import Payload, decode, nbytes
+from s2w.teacher.signal import Payload, check_finite, decode, hidden_rows, nbytes
 
 PREFETCH = 2
 """Micro-batches fetched beside the one that computes."""
@@ -22,13 +21,14 @@ PREFETCH = 2
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """The signals of one micro-batch, sampled rows of its samples one after the other."""
+    """The signals of one micro-batch."""
 
-    tensors: dict[str, torch.Tensor]
-    """CPU tensors [N, ...] as :func:`s2w.teacher.signal.decode` names them; empty if fetching failed."""
+    parts: list[dict[str, torch.Tensor]]
+    """The sampled rows of each sample: CPU tensors [n, ...] as :func:`s2w.teacher.signal.decode` names them, in the
+    object store's memory and so read-only; empty if fetching failed."""
     nbytes: int
     seconds: float
-    """What it took to get and join them."""
+    """What it took to get them."""
     error: str | None = None
     """Why the signals could not be had, naming the sample."""
 
@@ -37,42 +37,58 @@ class _Unusable(Exception):
     """A signal is lost or malformed; the message names the sample."""
 
 
-class Buffer:
-    """Memory that signals are joined into, again and again: the first touch of new memory costs more than the copy."""
+class HiddenParts:
+    """Hidden rows of several samples, as if one after the other: they stay where they are, in the object store's
+    memory on the CPU, until the kernel takes a chunk of them."""
 
-    def __init__(self) -> None:
-        self._bytes: dict[str, torch.Tensor] = {}
+    def __init__(self, parts: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
+        """
+        Args:
+            parts: of each sample, tensors as :func:`s2w.teacher.signal.decode` names them.
+            dtype: of the rows that are taken.
+        """
+        self._parts, self._dtype = parts, dtype
+        self._ends = list(accumulate(len(part["hidden"]) for part in parts))
 
-    def join(self, name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The parts one after the other; valid until the next call with this name."""
-        shape = (sum(map(len, parts)), *parts[0].shape[1:])
-        size = math.prod(shape) * parts[0].itemsize
-        if name not in self._bytes or len(self._bytes[name]) < size:
-            self._bytes[name] = torch.empty(size, dtype=torch.uint8)
-        joined = self._bytes[name][:size].view(parts[0].dtype).view(shape)
-        # NumPy copies in this thread alone. Torch would start an OpenMP team for it, and libgomp, with more threads
-        # than cores, would then let no thread of any team wait without sleeping.
-        np.concatenate([_raw(part) for part in parts], out=_raw(joined))
-        return joined
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Rows [n, d] in the dtype; they share memory with a part where they are in one and need no conversion."""
+        start, stop, _ = rows.indices(len(self))
+        pieces = []
+        for part, end in zip(self._parts, self._ends, strict=True):
+            first = end - len(part["hidden"])
+            if first < stop and start < end:
+                inside = slice(max(start - first, 0), stop - first)
+                pieces.append({name: tensor[inside] for name, tensor in part.items()})
+        return hidden_rows(pieces[0] if len(pieces) == 1 else joined(pieces), self._dtype)
 
 
-def _raw(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's bytes, its last dimension longer; shares memory."""
-    return tensor.view(torch.uint8).numpy()
+def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The parts one after the other, in new memory."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def fetch(samples: Sequence[Scored], buffer: Buffer) -> Fetched:
-    """Gets and joins the signals of a micro-batch; blocks. Never raises for a signal that is lost or malformed:
+def fetch(samples: Sequence[Scored]) -> Fetched:
+    """Gets the signals of a micro-batch; blocks. Never raises for a signal that is lost or malformed:
     the other ranks wait in collectives and must be told in step."""
     began = time.perf_counter()
     try:
         payloads = _get(samples)
         parts = [_sampled_rows(sample, payload) for sample, payload in zip(samples, payloads, strict=True)]
     except _Unusable as error:
-        return Fetched({}, 0, time.perf_counter() - began, str(error))
-    # The copy lets go of the object store's memory.
-    tensors = {name: buffer.join(name, [part[name] for part in parts]) for name in parts[0]}
-    return Fetched(tensors, sum(map(nbytes, payloads)), time.perf_counter() - began)
+        return Fetched([], 0, time.perf_counter() - began, str(error))
+    return Fetched(parts, sum(map(nbytes, payloads)), time.perf_counter() - began)
+
+
+def flaw(sample: Scored) -> str | None:
+    """What of a sample's signal is NaN or infinite, or why it cannot be had; None if nothing is wrong with it."""
+    try:
+        check_finite(_get_one(sample), sample.rollout.uid)
+    except (FloatingPointError, _Unusable) as error:
+        return str(error)
+    return None
 
 
 def _get(samples: Sequence[Scored]) -> list[Payload]:
@@ -113,45 +129,37 @@ def _sampled_rows(sample: Scored, payload: Payload) -> dict[str, torch.Tensor]:
 
 
 class SignalStream:
-    """Iterates over the signals of micro-batches, fetched in order by a background thread. What it yields is valid
-    until the next is asked for.
+    """Iterates over the signals of micro-batches, fetched in order by a background thread.
 
     Attributes:
         waited: seconds that the consumer stood still for a signal.
-        fetched: seconds that the background thread took to get and join them.
+        fetched: seconds that the background thread took to get them.
         nbytes: bytes of all signals so far.
     """
 
-    def __init__(self, batches: Sequence[Sequence[Scored] | None], buffers: list[Buffer]) -> None:
+    def __init__(self, batches: Sequence[Sequence[Scored] | None]) -> None:
         """
         Args:
             batches: samples of each micro-batch; None where no signal is needed (yields None).
-            buffers: idle ones of earlier streams; some are taken out, and all are put back when they are idle again.
         """
-        self.batches, self.buffers = batches, buffers
+        self.batches = batches
         self.waited = self.fetched = 0.0
         self.nbytes = 0
 
     def __iter__(self) -> Iterator[Fetched | None]:
         with ThreadPoolExecutor(1, thread_name_prefix="signals") as thread:
-            ahead: deque[tuple[Future[Fetched], Buffer] | None] = deque()
+            ahead: deque[Future[Fetched] | None] = deque()
             pending = iter(self.batches)
             for _ in self.batches:
                 while len(ahead) <= PREFETCH and (batch := next(pending, ())) != ():
-                    if batch is None:
-                        ahead.append(None)
-                        continue
-                    buffer = self.buffers.pop() if self.buffers else Buffer()
-                    ahead.append((thread.submit(fetch, batch, buffer), buffer))
-                first = ahead.popleft()
-                if first is None:
+                    ahead.append(None if batch is None else thread.submit(fetch, batch))
+                future = ahead.popleft()
+                if future is None:
                     yield None
                     continue
-                future, buffer = first
                 started = time.perf_counter()
                 fetched = future.result()
                 self.waited += time.perf_counter() - started
                 self.fetched += fetched.seconds
                 self.nbytes += fetched.nbytes
                 yield fetched
-                self.buffers.append(buffer)

@@ -30,14 +30,14 @@ from s2w.learner.messages import (
     RankSpec,
     RankStep,
     SignalLostError,
+    StepRefusedError,
     sequence_length,
 )
 from s2w.learner.signal_bias import SignalSums
-from s2w.learner.signals import Buffer, Fetched, SignalStream, fetch
+from s2w.learner.signals import Fetched, HiddenParts, SignalStream, fetch, flaw, joined
 from s2w.learner.student_model import StudentModel, Tokens, load_student
 from s2w.records import Scored
 from s2w.teacher.head import load_head
-from s2w.teacher.signal import hidden_rows
 from s2w.weights.names import CheckpointStream
 from s2w.weights.transfer import create_transfer
 
@@ -55,7 +55,6 @@ class LearnerRank:
         self.engine: Any = None
         self.lm: Any = None
         self.transfer: Any = None
-        self.buffers: list[Buffer] = []
 
     def place(self) -> tuple[str, str, int, int]:
         """Node id, address of the node, a free port, cores that this process may use."""
@@ -156,7 +155,7 @@ class LearnerRank:
         self.engine.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        stream = signal_stream(work, self.buffers)
+        stream = signal_stream(work)
         # DeepSpeed averages gradients over ranks: world undoes that.
         row_weight = self.world / global_tokens
         loss = torch.zeros((), device=self.device)
@@ -200,12 +199,12 @@ class LearnerRank:
             float64 [samples, divergences] in nats, samples in the order of the weighted work.
 
         Raises:
-            SignalLostError: on all ranks.
+            SignalLostError, NonFiniteError: on all ranks.
         """
         self.engine.eval()
         sums = [np.zeros((0, len(divergences)))]
         lost: str | None = None
-        stream = signal_stream(work, self.buffers)
+        stream = signal_stream(work)
         with torch.no_grad():
             for item, signals in zip(work, stream, strict=True):
                 tokens = pack(item.samples).to(self.device)
@@ -216,8 +215,8 @@ class LearnerRank:
                 teacher = self._teacher_rows(item.samples, signals)
                 values = self.engine(tokens, teacher, evaluate=divergences)
                 sums.append(sample_sums(item.samples, torch.stack([values[name] for name, _ in divergences])))
-        if errors := self._gather_errors(lost):
-            raise SignalLostError("; ".join(errors))
+                lost = lost or self._hidden_flaw(item.samples, sums[-1])
+        self._raise_together(lost)
         return np.concatenate(sums)
 
     def teacher_log_probs(self, work: Sequence[MicroBatchWork]) -> list[np.ndarray]:
@@ -227,7 +226,7 @@ class LearnerRank:
         """
         result: list[np.ndarray] = []
         lost: str | None = None
-        stream = signal_stream(work, self.buffers)
+        stream = signal_stream(work)
         for item, signals in zip(work, stream, strict=True):
             if signals is None or signals.error is not None:
                 lost = lost or (signals.error if signals is not None else None)
@@ -238,8 +237,8 @@ class LearnerRank:
             values = log_probs_at(teacher, ids, self.spec.vocab_size, self.spec.loss.chunk_rows)
             counts = [len(sample.rollout.sampled_rows) for sample in item.samples]
             result += [part.numpy() for part in values.float().cpu().split(counts)]
-        if errors := self._gather_errors(lost):
-            raise SignalLostError("; ".join(errors))
+            lost = lost or self._hidden_flaw(item.samples, sample_sums(item.samples, values[None]))
+        self._raise_together(lost)
         return result
 
     def probe(self, token_ids: np.ndarray) -> np.ndarray:
@@ -302,13 +301,15 @@ class LearnerRank:
         if signals is None:
             cross_entropy = self.spec.loss.objective is Objective.cross_entropy
             return SparseRows.certain(self._sampled(samples)[0]) if cross_entropy else None
-        signal = {name: tensor.to(self.device, non_blocking=True) for name, tensor in signals.tensors.items()}
+        parts = [
+            {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()} for part in signals.parts
+        ]
+        if self.spec.signal == "hidden":
+            assert samples[0].signal is not None
+            hidden = HiddenParts(parts, getattr(torch, self.spec.dtype))
+            return HiddenRows(hidden, self.teacher_heads[samples[0].signal.name])
+        signal = joined(parts)
         match self.spec.signal:
-            case "hidden":
-                assert samples[0].signal is not None
-                return HiddenRows(
-                    hidden_rows(signal, getattr(torch, self.spec.dtype)), self.teacher_heads[samples[0].signal.name]
-                )
             case "topk" | "ids":
                 return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
             case "sampled":
@@ -353,7 +354,7 @@ class LearnerRank:
         """Raises on all ranks if one of them cannot go on, after dropping the gradients."""
         samples = [(item, sample) for item in weighted for sample in item.samples]
         bad = [
-            (item, sample.rollout.uid)
+            (item, sample)
             for (item, sample), row in zip(samples, sums, strict=False)
             if not np.isfinite(row[STATISTICS.index("values")])
         ]
@@ -361,30 +362,47 @@ class LearnerRank:
         if lost is None and bad:
             item = bad[0][0]
             path = self.spec.run_dir / "nonfinite" / f"step_{step:06d}_rank{self.rank}.pt"
-            message = f"step {step}: divergence of {', '.join(uid for _, uid in bad)} is not finite, see {path}"
+            because = [found for _, sample in bad if sample.signal and (found := flaw(sample))]
+            uids = ", ".join(sample.rollout.uid for _, sample in bad)
+            message = (
+                f"step {step}: divergence of {uids} is not finite{f' ({because[0]})' if because else ''}, see {path}"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(
                 {
                     "uids": [s.rollout.uid for s in item.samples],
                     "prompts": [s.rollout.prompt.token_ids for s in item.samples],
                     "responses": [s.rollout.token_ids for s in item.samples],
-                    "signal": fetch(item.samples, Buffer()).tensors if item.samples[0].signal else {},
+                    "signals": fetch(item.samples).parts if item.samples[0].signal else [],
                 },
                 path,
             )
-        if errors := self._gather_errors(message):
+        try:
+            self._raise_together(message)
+        except StepRefusedError:
             self._drop_gradients()
-            raise (SignalLostError if any("teacher signal" in e for e in errors) else NonFiniteError)("; ".join(errors))
+            raise
 
-    def _gather_errors(self, message: str | None) -> list[str]:
-        """Messages of all ranks, the same list everywhere; one small all-reduce if there are none."""
+    def _hidden_flaw(self, samples: Sequence[Scored], sums: np.ndarray) -> str | None:
+        """What is wrong with the hidden rows of the first sample whose ``sums`` are not finite.
+
+        Signals of other kinds are checked where they are made, and leave NaN what they cannot know.
+        """
+        if self.spec.signal != "hidden":
+            return None
+        bad = (sample for sample, row in zip(samples, sums, strict=True) if not np.isfinite(row).all())
+        return next(filter(None, map(flaw, bad)), None)
+
+    def _raise_together(self, message: str | None) -> None:
+        """Raises the messages of all ranks on every rank; one small all-reduce if there are none."""
         flag = torch.tensor(message is not None, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(flag, ReduceOp.MAX)
         if not flag.item():
-            return []
-        messages: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(messages, message)
-        return [m for m in messages if m is not None]
+            return
+        gathered: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(gathered, message)
+        errors = [m for m in gathered if m is not None]
+        raise (NonFiniteError if any("not finite" in e for e in errors) else SignalLostError)("; ".join(errors))
 
     def _drop_gradients(self) -> None:
         """Forgets what the backward passes of an unfinished step accumulated."""
@@ -460,10 +478,10 @@ def pack(samples: Sequence[Scored]) -> Tokens:
     return Tokens(input_ids, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)))
 
 
-def signal_stream(work: Sequence[MicroBatchWork], buffers: list[Buffer]) -> SignalStream:
+def signal_stream(work: Sequence[MicroBatchWork]) -> SignalStream:
     """The signals of the micro-batches that have them and count."""
     wanted = [item.samples if item.weighted and item.samples[0].signal else None for item in work]
-    return SignalStream(wanted, buffers)
+    return SignalStream(wanted)
 
 
 @torch.no_grad()
@@ -475,14 +493,16 @@ def log_probs_at(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk
         chunk_rows: most rows of a [rows, vocabulary] buffer.
     """
     if isinstance(teacher, SampledRows):
-        return teacher.log_probs.clone()  # the stream's memory is used again
+        return teacher.log_probs
     if isinstance(teacher, SparseRows):
         there = teacher.ids == ids[:, None]
         values = torch.where(there, teacher.log_probs, -torch.inf).amax(-1)
         return values.masked_fill(~there.any(-1), torch.nan)
     head = teacher.head.cut(vocab_size)
-    chunks = zip(teacher.hidden.split(chunk_rows), ids.split(chunk_rows), strict=True)
-    return torch.cat([head.logits(rows).log_softmax(-1).gather(-1, at[:, None])[:, 0] for rows, at in chunks])
+    chunks = [slice(start, start + chunk_rows) for start in range(0, len(ids), chunk_rows)]
+    return torch.cat(
+        [head.logits(teacher.hidden[rows]).log_softmax(-1).gather(-1, ids[rows, None])[:, 0] for rows in chunks]
+    )
 
 
 def sample_sums(samples: Sequence[Scored], statistics: torch.Tensor) -> np.ndarray:
