@@ -2,9 +2,9 @@
 
 Two Ray actors on this machine: one encodes and puts payloads as a teacher engine does, the other takes them as a
 learner rank does (`SignalStream`), micro-batch by micro-batch: hidden rows are read where they are, other signals are
-joined. The driver stands where the controller does: only
-records with references pass through it, and their size is reported. The hops are timed one after the other, so that
-each has the machine to itself, and together, the rank fetching while the teacher still puts.
+joined. The driver stands where the controller does: only records with references pass through it, and their size is
+reported. The hops are timed one after the other, so that each has the machine to itself, and together, the rank
+fetching while the teacher still puts.
 
 With `--model` the rows are a checkpoint's real ones, and the KL from the distribution of its own float32 rows to that
 of the rows that arrive is measured for each dtype, through its own head.

@@ -232,8 +232,10 @@ def test_a_nan_in_a_signal_names_the_sample_and_stops_the_step(world: World, kin
 
     learner, samples = world.build(world.student_path, kind), world.score(kind)
     before = world.run(learner.probe(world.rollouts[0].input_ids))
-    with pytest.raises(NonFiniteError, match=f"divergence of {samples[1].rollout.uid} is not finite") as error:
+    uid = samples[1].rollout.uid
+    because = rf"\(teacher signal of {uid}: {name} is not finite in 1 of \d+ rows, first 3\)"
+    with pytest.raises(NonFiniteError, match=f"divergence of {uid} is not finite {because}, see") as error:
         world.run(learner.step([samples[0], *changed(samples[1:2], spoil), *samples[2:]], 0))
     kept = torch.load(str(error.value).rpartition("see ")[2], weights_only=False)
-    assert kept["signals"][kept["uids"].index(samples[1].rollout.uid)][name].isnan().any()
+    assert kept["signals"][kept["uids"].index(uid)][name].isnan().any()
     assert np.array_equal(world.run(learner.probe(world.rollouts[0].input_ids)), before)

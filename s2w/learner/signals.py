@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -82,8 +82,12 @@ def fetch(samples: Sequence[Scored]) -> Fetched:
     return Fetched(parts, sum(map(nbytes, payloads)), time.perf_counter() - began)
 
 
-def flaw(sample: Scored) -> str | None:
-    """What of a sample's signal is NaN or infinite, or why it cannot be had; None if nothing is wrong with it."""
+def first_flaw(samples: Iterable[Scored]) -> str | None:
+    """What of the signal of the first faulty sample is NaN or infinite, or why it cannot be had; None if none is."""
+    return next(filter(None, map(_flaw, samples)), None)
+
+
+def _flaw(sample: Scored) -> str | None:
     try:
         check_finite(_get_one(sample), sample.rollout.uid)
     except (FloatingPointError, _Unusable) as error:

@@ -34,7 +34,7 @@ from s2w.learner.messages import (
     sequence_length,
 )
 from s2w.learner.signal_bias import SignalSums
-from s2w.learner.signals import Fetched, HiddenParts, SignalStream, fetch, flaw, joined
+from s2w.learner.signals import Fetched, HiddenParts, SignalStream, fetch, first_flaw, joined
 from s2w.learner.student_model import StudentModel, Tokens, load_student
 from s2w.records import Scored
 from s2w.teacher.head import load_head
@@ -362,11 +362,9 @@ class LearnerRank:
         if lost is None and bad:
             item = bad[0][0]
             path = self.spec.run_dir / "nonfinite" / f"step_{step:06d}_rank{self.rank}.pt"
-            because = [found for _, sample in bad if sample.signal and (found := flaw(sample))]
+            because = first_flaw(sample for _, sample in bad if sample.signal)
             uids = ", ".join(sample.rollout.uid for _, sample in bad)
-            message = (
-                f"step {step}: divergence of {uids} is not finite{f' ({because[0]})' if because else ''}, see {path}"
-            )
+            message = f"step {step}: divergence of {uids} is not finite{f' ({because})' if because else ''}, see {path}"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(
                 {
@@ -390,8 +388,7 @@ class LearnerRank:
         """
         if self.spec.signal != "hidden":
             return None
-        bad = (sample for sample, row in zip(samples, sums, strict=True) if not np.isfinite(row).all())
-        return next(filter(None, map(flaw, bad)), None)
+        return first_flaw(s for s, row in zip(samples, sums, strict=True) if not np.isfinite(row).all())
 
     def _raise_together(self, message: str | None) -> None:
         """Raises the messages of all ranks on every rank; one small all-reduce if there are none."""
