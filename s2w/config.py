@@ -153,7 +153,9 @@ class RolloutConfig:
     engines: int = 1
     """Engines of the pool; a setting of its own, whatever the learner and the teacher have."""
     tensor_parallel: int = 1
-    """GPUs (CPU: worker processes) of one engine."""
+    """GPUs (CPU: worker processes) that share each layer."""
+    pipeline_parallel: int = 1
+    """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
     expert_parallel: bool = False
     """Spread the experts of a MoE student over the workers of an engine."""
     max_tokens: int = 1024
@@ -217,6 +219,9 @@ class LearnerConfig:
     """AdamW's term in the denominator."""
     max_grad_norm: float = 1.0
     """0 does not clip."""
+    max_skipped_steps: int = 3
+    """Steps in a row that may have a gradient that is not finite. The weights stay as they are in such a step; one more
+    ends the run."""
     tokens_per_micro_batch: int = 4096
     """Prompt and response tokens, padding included, of one forward and backward pass of a rank."""
     activation_checkpointing: bool = False
@@ -326,7 +331,7 @@ class FilterConfig:
     """Which of the teacher's responses are dropped before the student learns them; in this order."""
 
     truncated: bool = True
-    """Drop those that were cut off at the token limit."""
+    """Drop those that were cut off, at the token limit or by an engine (finish_reason other than stop)."""
     format: bool = True
     """Drop those that leave their think block open, or think in no_think mode, or do not in think mode."""
     min_tokens: int = 1

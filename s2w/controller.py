@@ -115,6 +115,8 @@ class Controller:
                 report = self.reporter.finish(self.step, samples, graded, update, swap, probe, learning, swapping)
                 self.recorder.step(report)
                 self.progress.step(report)
+                if update.skipped:
+                    self.progress.say(update.skipped)
                 if due(self.step, self.loop.eval_every) or self.step == self.loop.steps:
                     await self.evaluate()
                 if due(self.step, self.loop.checkpoint_every) or self.step == self.loop.steps:
@@ -184,10 +186,8 @@ class Controller:
 
     async def swap(self) -> tuple[SwapReport, ProbeResult]:
         """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
-        swap = await publish(self.learner, self.rollouts, self.step)
-        engines, model = await asyncio.gather(
-            self.rollouts.log_probs(self.probe_ids), self.learner.probe(self.probe_ids)
-        )
+        swap = await publish(self.learner, self.rollouts, self.step, self.probe_ids)
+        engines, model = await asyncio.gather(self.rollouts.probed(), self.learner.probe(self.probe_ids))
         probes = [
             compare(
                 engine,

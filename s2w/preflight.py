@@ -21,7 +21,6 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import ray
@@ -31,7 +30,7 @@ from s2w.errors import ConfigError, PreflightError
 from s2w.hardware import resolve_dtype
 from s2w.job import Job
 from s2w.learner.group import LearnerGroup, start_learner
-from s2w.models.checkpoint import read_checkpoint, resolve_path
+from s2w.models.checkpoint import ModelReference, read_checkpoint
 from s2w.modes import render
 from s2w.off_policy.generate import engine_settings
 from s2w.records import Prompt, Rollout, Scored
@@ -119,8 +118,7 @@ async def check_teachers_as_students(
     settings = teacher_settings(config)
     for name in sorted({sample.signal.name for sample in samples if sample.signal}):
         own = [sample for sample in samples if sample.signal and sample.signal.name == name]
-        path = await asyncio.to_thread(resolve_path, settings[name].model, settings[name].revision, True)
-        learner = await start_learner(config, Path(path), job)
+        learner = await start_learner(config, ModelReference.of(settings[name].model, settings[name].revision), job)
         try:
             value = await check_divergence(learner, own, limit)
         finally:
@@ -184,10 +182,11 @@ async def write_references(job: Job, prompts: Sequence[Prompt]) -> list[Referenc
         settings = replace(engine_settings(replace(config, teacher=teacher)), engines=1)
         pool = RolloutPool(
             settings,
-            model=str(await asyncio.to_thread(resolve_path, teacher.model, teacher.revision, True)),
+            model=ModelReference.of(teacher.model, teacher.revision),
             device=job.device,
             dtype=resolve_dtype(settings.dtype, job.device),
             max_model_len=config.data.max_prompt_tokens + 1,
+            vocab_size=job.facts.vocabulary.vocab_size,
             candidates=0,
             stop_token_ids=job.facts.teacher.eos_token_ids,
         )

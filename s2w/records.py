@@ -198,6 +198,8 @@ class StepReport:
     grad_norm: float
     """Before clipping."""
     learning_rate: float
+    skipped: int
+    """1 if the gradient was not finite, and the weights are those of the step before."""
     prompts: int
     response_tokens: int
     response_length: float
@@ -249,6 +251,8 @@ class OffPolicyReport:
     grad_norm: float
     """Before clipping."""
     learning_rate: float
+    skipped: int
+    """1 if the gradient was not finite, and the weights are those of the step before."""
     responses: int
     response_tokens: int
     tokens_per_second: float

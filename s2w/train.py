@@ -20,7 +20,8 @@ from s2w.hardware import resolve_dtype
 from s2w.job import Job, open_directory, run_interruptibly
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup, start_learner
-from s2w.models.student import materialise_student
+from s2w.models.checkpoint import ModelReference
+from s2w.models.student import student_reference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter
@@ -90,7 +91,7 @@ async def _run(
     config, recorder = job.config, job.recorder
     reporter = StepReporter(Timeline(job.directory / "timeline.jsonl"))
     try:
-        student = materialise_student(config.student, job.directory / "student", config.run.seed)
+        student = student_reference(config.student, job.directory / "student", config.run.seed)
         teacher_responses = TeacherResponses(job)
         if config.off_policy.steps:
             student = await off_policy.run_phase(job, student, teacher_responses)
@@ -105,7 +106,7 @@ async def _run(
 
 async def _on_policy(
     job: Job,
-    student: Path,
+    student: ModelReference,
     teacher_responses: TeacherResponses,
     prompts: list[Prompt],
     heldout: list[Prompt],
@@ -115,7 +116,7 @@ async def _on_policy(
     """Starts the parts of the on-policy phase, runs its loop, stops the parts.
 
     Args:
-        student: directory of the checkpoint that is policy version 0.
+        student: the checkpoint that is policy version 0.
         teacher_responses: collected if batches have a share of them.
     """
     config, facts, device, progress = job.config, job.facts, job.device, job.progress
@@ -137,13 +138,14 @@ async def _on_policy(
     credit = await make_credit(config, teacher_responses)
 
     references = await preflight.write_references(job, heldout) if config.run.preflight is Preflight.log_probs else []
-    teachers = Teachers(config, device, max_model_len)
+    teachers = Teachers(config, device, max_model_len, facts.vocabulary.vocab_size)
     rollouts = RolloutPool(
         config.rollout,
-        model=str(student),
+        model=student,
         device=device,
         dtype=dtypes["rollout"],
         max_model_len=facts.max_model_len,
+        vocab_size=facts.vocabulary.vocab_size,
         candidates=config.signal.top_k if config.signal.kind is SignalKind.ids else 0,
         stop_token_ids=facts.student.eos_token_ids,
     )

@@ -119,11 +119,6 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
         check_generation(config, device, available)
     rollout, learner = config.rollout, config.learner
     teachers = list(teacher_settings(config).values())
-    if device == "cpu" and any(teacher.pipeline_parallel > 1 and teacher.enforce_eager for teacher in teachers):
-        raise ConfigError(
-            "teacher.pipeline_parallel above 1 with teacher.enforce_eager=true does not run on CPU: write "
-            "teacher.enforce_eager=false, or teacher.pipeline_parallel=1"
-        )
     teacher_cpus = sum(teacher.replicas * teacher.cpus for teacher in teachers)
     cpus = teacher_cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
     there = available.get("CPU", 0)
@@ -135,7 +130,7 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
         )
     if device == "cuda":
         of_teachers = sum(t.replicas * t.tensor_parallel * t.pipeline_parallel for t in teachers)
-        of_rollouts = rollout.engines * rollout.tensor_parallel
+        of_rollouts = rollout.engines * rollout.tensor_parallel * rollout.pipeline_parallel
         gpus = of_teachers + of_rollouts + learner.ranks * learner.gpus
         there = available.get("GPU", 0)
         if gpus > there:
@@ -149,7 +144,8 @@ def check_generation(config: Config, device: str, available: dict[str, float]) -
     """:func:`check_resources` for the engines that generate the teacher's responses; nothing else runs beside them."""
     teacher = config.teacher
     engines = config.off_policy.engines or teacher.replicas
-    needs = {"CPU": engines * teacher.cpus, "GPU": engines * teacher.tensor_parallel if device == "cuda" else 0}
+    world = teacher.tensor_parallel * teacher.pipeline_parallel
+    needs = {"CPU": engines * teacher.cpus, "GPU": engines * world if device == "cuda" else 0}
     for resource, needed in needs.items():
         if needed > (there := available.get(resource, 0)):
             raise ConfigError(
@@ -167,6 +163,7 @@ def _check_numbers(config: Config) -> None:
         "teacher.max_sequences": config.teacher.max_sequences,
         "rollout.engines": config.rollout.engines,
         "rollout.tensor_parallel": config.rollout.tensor_parallel,
+        "rollout.pipeline_parallel": config.rollout.pipeline_parallel,
         "rollout.max_tokens": config.rollout.max_tokens,
         "rollout.max_sequences": config.rollout.max_sequences,
         "learner.ranks": config.learner.ranks,

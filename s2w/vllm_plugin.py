@@ -1,17 +1,25 @@
 """Entry point that vLLM calls in each of its processes (front end, engine core, workers)."""
 
+from __future__ import annotations
+
+import functools
+from typing import Any
+
 
 def register() -> None:
-    """Registers the teacher's scoring models and the shared-memory weight transfer; idempotent."""
+    """Registers the mask of the vocabulary, the teacher's scoring models and the weight transfer; idempotent."""
     from vllm.platforms import current_platform
 
+    from s2w import vocabulary_mask
     from s2w.teacher import scoring
     from s2w.weights import shm
 
+    vocabulary_mask.register()
     scoring.register()
     shm.register()
     if current_platform.is_cpu():
         _sleep_instead_of_spinning()
+        _make_pipeline_buffers()
 
 
 def _sleep_instead_of_spinning() -> None:
@@ -25,3 +33,22 @@ def _sleep_instead_of_spinning() -> None:
 
     shm_broadcast.SpinCondition.__init__.__defaults__ = (0.0,)  # busy_loop_s
     shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = 5
+
+
+@functools.cache
+def _make_pipeline_buffers() -> None:
+    """Pipeline parallelism without torch.compile: vLLM makes the buffers between stages in a dummy run, which a CPU
+    engine leaves out then."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather = GPUModelRunner.sync_and_gather_intermediate_tensors
+
+    @functools.wraps(gather)
+    def made(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return gather(self, *args, **kwargs)
+
+    GPUModelRunner.sync_and_gather_intermediate_tensors = made  # type: ignore[method-assign]

@@ -223,11 +223,18 @@ def test_all_teachers_are_counted(overrides: list[str], checkpoint: str) -> None
         check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
 
 
-def test_eager_pipelines_are_refused_on_cpu(overrides: list[str]) -> None:
-    config = compose([*overrides, "teacher.pipeline_parallel=2", "teacher.enforce_eager=true"])
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
-    with pytest.raises(ConfigError, match="does not run on CPU"):
-        check_resources(config, "cpu", {"CPU": 8})
+def test_an_engine_takes_gpus_for_each_of_its_stages(overrides: list[str]) -> None:
+    config = compose([*overrides, "teacher.pipeline_parallel=2", "rollout.pipeline_parallel=3", "off_policy.steps=1"])
+    check_resources(config, "cuda", {"CPU": 8, "GPU": 6})
+    with pytest.raises(ConfigError, match=r"asks for 6 GPUs \(teachers 2, rollout engines 3, learner 1\)"):
+        check_resources(config, "cuda", {"CPU": 8, "GPU": 5})
+    # The teacher's own generation, alone on the cluster, takes as many as its scoring.
+    with pytest.raises(ConfigError, match=r"2 engines that generate the teacher's responses take 4 GPUs"):
+        check_resources(
+            compose([*overrides, "teacher.pipeline_parallel=2", "off_policy.steps=1", "off_policy.engines=2"]),
+            "cuda",
+            {"CPU": 8, "GPU": 3},
+        )
 
 
 def test_tokenizers_that_differ_are_refused(overrides: list[str], tmp_path: Path) -> None:

@@ -473,7 +473,38 @@ def test_head_logits() -> None:
     assert logits.shape == (ROWS, STUDENT_PAD)
     log_q = problem.log_probs()[1]
     assert_same([logits[:, :VOCAB].log_softmax(-1)], [log_q])
-    assert_same(problem.gradients(logits[:, :VOCAB].log_softmax(-1)[:, 0].sum()), problem.gradients(log_q[:, 0].sum()))
+    assert not logits.requires_grad
+
+
+def test_head_logits_of_low_precision_are_float32() -> None:
+    """Rounded to bfloat16, logits of 30 would be off by up to 0.06."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=draw).bfloat16() for n in (20, 40_000))
+    logits = Head(weight).logits(hidden)
+    assert logits.dtype == torch.float32
+    expected = hidden.double() @ weight.double().T
+    assert expected.abs().max() > 30
+    # float32: sums of 64 exact products.
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_row_weights_are_not_rounded_to_the_rows_dtype() -> None:
+    problem = Problem(rows=400, dtype=torch.bfloat16)
+    gradients = []
+    for weight in (1.0, 0.7011):  # the second is 0.6992 in bfloat16
+        options: dict[str, Any] = {"vocab_size": VOCAB, "temperature": 1.0}
+        output = divergence_loss(
+            problem.hidden,
+            problem.head,
+            problem.teacher,
+            ForwardKL(),
+            weights=torch.full((400,), weight),
+            **options,
+        )
+        gradients.append(torch.autograd.grad(output.loss, problem.hidden)[0].double())
+    # Each element is rounded to bfloat16, up or down: the least squares' slope is not.
+    slope = (gradients[0] * gradients[1]).sum() / gradients[0].square().sum()
+    assert slope.item() == pytest.approx(0.7011, abs=3e-4)
 
 
 @pytest.mark.long

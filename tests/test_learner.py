@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from s2w.learner import checkpoint
 from s2w.learner.group import LearnerError, LearnerGroup, LearnerStep
 from s2w.learner.messages import NonFiniteError, SignalLostError
 from s2w.learner.schedule import learning_rate
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Mode, Prompt, Rollout, Scored, TeacherSignal
 
 STEPS = 3
@@ -47,7 +48,7 @@ class World:
         settings = self.group.config.learner
         settings.zero_stage, settings.dtype = stage, dtype
         settings.activation_checkpointing = learner.get("activation_checkpointing", False)
-        self.run(self.group.build(self.students[kind], VOCAB_SIZE))
+        self.run(self.group.build(ModelReference(str(self.students[kind])), VOCAB_SIZE))
         return self.group
 
 
@@ -71,7 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     loop = asyncio.new_event_loop()
-    group = loop.run_until_complete(LearnerGroup.start(config, students["tied"], "cpu", VOCAB_SIZE))
+    student = ModelReference(str(students["tied"]))
+    group = loop.run_until_complete(LearnerGroup.start(config, student, "cpu", VOCAB_SIZE))
     world = World(root, group, loop, students, teacher)
     generator = np.random.default_rng(0)
     world.batches = [[make_sample(teacher, generator, f"{step}/{i}") for i in range(11)] for step in range(STEPS)]
@@ -179,7 +181,7 @@ CASES: list[tuple[Kind, int, bool]] = [
 def test_matches_one_process_and_resumes(
     world: World, references: dict[str, Reference], kind: Kind, stage: int, activation_checkpointing: bool
 ) -> None:
-    """Losses, norms and weights of three steps; refused steps leave no trace; a resumed run is the same run.
+    """Losses, norms and weights of three steps; refused and skipped steps leave no trace; a resumed run is the same.
 
     Tolerances: both sides compute in float32 and sum in another order. Adam turns a gradient near 0 into a step of
     the size of the learning rate (1e-3) whatever its sign, so a few weights may differ by that; their mean may not.
@@ -192,6 +194,7 @@ def test_matches_one_process_and_resumes(
     assert before == pytest.approx({"forward_kl": reference.losses[0], "reverse_kl": reference.reverse_kl}, rel=1e-5)
     for step, samples in enumerate(batches):
         refuse_steps(world, samples, step)
+        skip_a_step(world, samples, step)
         report = world.run(group.step(samples, step))
         assert report.loss == pytest.approx(reference.losses[step], rel=1e-5)
         assert report.grad_norm == pytest.approx(reference.grad_norms[step], rel=1e-4)
@@ -254,6 +257,16 @@ def refuse_steps(world: World, samples: list[Scored], step: int) -> None:
     bad[3] = with_payload(rollout, {"hidden": hidden, "dtype": "float32"})
     with pytest.raises(SignalLostError, match=f"teacher signal of {rollout.uid} has rows"):
         world.run(world.group.step(bad, step))
+
+
+def skip_a_step(world: World, samples: list[Scored], step: int) -> None:
+    """Divergences are finite and a gradient is not: the sample is named, the weights stay."""
+    heavy = replace(samples[5], weight=float("inf"))
+    update = world.run(world.group.step([*samples[:5], heavy, *samples[6:]], step))
+    assert update.skipped == (
+        f"step {step + 1}: the gradient is not finite (that of {heavy.rollout.uid}), and the update is left out"
+    )
+    assert update.grad_norm == np.inf and np.isfinite(update.means.divergence)
 
 
 def check_report(report: LearnerStep, samples: list[Scored]) -> None:
@@ -468,10 +481,18 @@ def test_a_rank_that_fails_alone_ends_the_group(world: World) -> None:
     empty = replace(world.batches[0][0].rollout, token_ids=np.zeros(0, np.int32))
     with pytest.raises(ValueError, match="has no sampled tokens"):
         world.run(world.group.step([Scored(empty, world.batches[0][0].signal)], 0))
-    # An id outside the vocabulary is an error in the middle of one rank's forward.
     rollout = replace(world.batches[0][0].rollout, token_ids=np.full(20, VOCAB_SIZE, np.int32))
+    with pytest.raises(ValueError, match=f"rollout {rollout.uid} has the token id {VOCAB_SIZE}, .* ends at 511"):
+        world.run(world.group.step([Scored(rollout, world.batches[0][0].signal)], 0))
+    heavy = replace(world.batches[0][0], weight=float("inf"))
+    for _ in range(world.group.config.learner.max_skipped_steps):
+        assert world.run(world.group.step([heavy], 0)).skipped
+    with pytest.raises(NonFiniteError, match=r"4 in a row, more than learner\.max_skipped_steps=3"):
+        world.run(world.group.step([heavy], 0))
+    # No number: an error in the middle of one rank's step.
+    odd = replace(world.batches[0][0], weight=cast(Any, "heavy"))
     with pytest.raises(LearnerError, match="step failed on learner rank"):
-        world.run(world.group.step([Scored(rollout, world.batches[0][0].signal), *world.batches[0][1:]], 0))
+        world.run(world.group.step([odd, *world.batches[0][1:]], 0))
     with pytest.raises(LearnerError, match="shut down"):
         world.run(world.group.probe(np.arange(4, dtype=np.int32)))
 
@@ -480,4 +501,4 @@ def test_no_room_for_the_ranks(world: World) -> None:
     config = Config()
     config.learner.ranks, config.learner.cpus, config.cluster.start_timeout_s = 2, 64.0, 1
     with pytest.raises(TimeoutError, match="no room for 2 learner ranks"):
-        world.run(LearnerGroup.start(config, world.students["tied"], "cpu", VOCAB_SIZE))
+        world.run(LearnerGroup.start(config, ModelReference(str(world.students["tied"])), "cpu", VOCAB_SIZE))

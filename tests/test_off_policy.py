@@ -56,7 +56,7 @@ CRAFTED: list[tuple[Response, str | None]] = [
     (response("<think>one and", mode="think"), "format"),
     (response("<think>one and one</think>2"), "format"),
     (response("two or", finish="length"), "truncated"),
-    (response("<think>one and", mode="think", finish="length"), "truncated"),
+    (response("<think>one and", mode="think", finish="abort"), "truncated"),
     (response("x"), "length"),
     (response("abcdefghij" * 20 + "!"), "length"),
     (response("22", question="1" * 65), "length"),
@@ -187,6 +187,29 @@ def test_shards_are_a_ready_dataset_too(checkpoint: str, tmp_path: Path, facts: 
         assert [(r.text, r.prompt.mode, r.finish_reason) for r in found] == [
             ("12", "no_think", "stop"), ("half an", "think", "length"),
         ]  # fmt: skip
+
+
+def test_a_response_is_whole_only_if_it_says_so(checkpoint: str, tmp_path: Path, facts: Facts) -> None:
+    path = tmp_path / "rows.jsonl"
+    config = settings(checkpoint, tmp_path / "run", f"off_policy.path={path}")
+    rows = [
+        {"prompt": "1+1?", "response": "2", "finish_reason": reason} for reason in (None, "stop", "length", "abort")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ends = [r.token_ids[-1] in facts.teacher.eos_token_ids for r in read_dataset(config, facts)]
+    assert ends == [True, True, False, False]
+    path.write_text(json.dumps(rows[0] | {"finish_reason": "eos"}) + "\n")
+    with pytest.raises(ConfigError, match=r"row 0 has finish_reason 'eos': write one of stop, length, abort, error"):
+        read_dataset(config, facts)
+
+
+def test_ids_past_the_vocabulary_are_refused(checkpoint: str, tmp_path: Path, facts: Facts) -> None:
+    past = facts.vocabulary.vocab_size
+    written = replace(response("12"), token_ids=np.asarray([5, past], np.int32))
+    ShardStore(tmp_path / "set", {"vocabulary_sha256": vocabulary_hash(facts.student.tokenizer)}).add([written])
+    config = settings(checkpoint, tmp_path / "run", f"off_policy.path={tmp_path / 'set'}")
+    with pytest.raises(ConfigError, match=f"row 0 has response_token_ids from 5 to {past}, and the vocabulary ends at"):
+        read_dataset(config, facts)
 
 
 def test_the_teacher_is_asked_in_every_mode(checkpoint: str, tmp_path: Path, facts: Facts) -> None:

@@ -22,7 +22,7 @@ from s2w import cli
 from s2w.compose import compose
 from s2w.errors import ConfigError
 from s2w.job import INTERRUPTED, Job
-from s2w.models.student import materialise_student
+from s2w.models.student import student_reference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.off_policy.batches import ResponseStream, split
@@ -236,7 +236,7 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
     )  # fmt: skip
     facts = check(config)
     directory = Path(config.run.dir)
-    student = materialise_student(config.student, directory / "student", config.run.seed)
+    student = student_reference(config.student, directory / "student", config.run.seed)
     recorder = Recorder(
         directory, step=0, off_policy_step=0, config={}, tensorboard=False, wandb=None, name="divergence"
     )
@@ -248,9 +248,9 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
         ray.shutdown()
     assert not list((directory / "off_policy").glob("shard-*"))
     first, second = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert last.name == "step_000002" and second["step"] == 2
+    assert Path(last.reference).name == "step_000002" and second["step"] == 2
     stream = ResponseStream(split(read_dataset(config, facts), 4, seed=0).train, 8, seed=0)
-    teachers, model = {"think": load(world.teacher), "no_think": load(world.other_teacher)}, load(student)
+    teachers, model = {"think": load(world.teacher), "no_think": load(world.other_teacher)}, load(student.resolve())
     divergences = []
     for response in stream.batch(0):
         log_p, log_q = (distributions(one, response) for one in (teachers[response.prompt.mode], model))

@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
-from tiny_models import VOCAB_SIZE, make_checkpoint
+from tiny_models import VOCAB_SIZE, add_to_hub_cache, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w.config import RolloutConfig
+from s2w.errors import ConfigError
+from s2w.models.checkpoint import ModelReference, resolve_path
 from s2w.records import Mode, Prompt, Rollout
+from s2w.rollout.engine import ATTEMPTS
 from s2w.rollout.pool import RolloutPool
 
 CANDIDATES = 8
+ROWS = VOCAB_SIZE + 70
+"""Of the head: those past the vocabulary are the likeliest of all, and never to be sampled, listed or counted."""
 EOS, THINK_CLOSE_ID = VOCAB_SIZE - 4, VOCAB_SIZE - 2
 STOP_IDS = tuple(range(20))
 BUDGET = 6
@@ -37,7 +43,7 @@ CONFIG = RolloutConfig(
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose template opens the think block, and that closes it every now and then by itself."""
-    path = make_checkpoint(tmp_path_factory.mktemp("models") / "untied", "untied", 0)
+    path = make_checkpoint(tmp_path_factory.mktemp("models") / "untied", "untied", 0, vocab_size=ROWS)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{%- endif %}\n{%- endif %}", "{%- else %}\n{{- '<think>\\n' }}\n{%- endif %}\n{%- endif %}"
@@ -46,6 +52,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     # A logit of three times the usual spread: the largest of all at about one position in ten.
     model.lm_head.weight.data[THINK_CLOSE_ID] *= 3
+    model.lm_head.weight.data[VOCAB_SIZE:] *= 3
     model.save_pretrained(path)
     return path
 
@@ -59,14 +66,24 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture(scope="module")
-def pool(model_path: Path, loop: asyncio.AbstractEventLoop) -> Iterator[RolloutPool]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+def pool(
+    model_path: Path, loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RolloutPool]:
+    """The engines' nodes have another hub cache than this process, which knows no such model."""
+    cache = tmp_path_factory.mktemp("hub")
+    add_to_hub_cache(cache, "tiny/student", model_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", str(cache))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with pytest.raises(ConfigError, match="Cannot get 'tiny/student'"):
+        resolve_path("tiny/student")
     pool = RolloutPool(
         CONFIG,
-        model=str(model_path),
+        model=ModelReference.of("tiny/student", "main"),
         device="cpu",
         dtype="float32",
         max_model_len=128,
+        vocab_size=VOCAB_SIZE,
         candidates=CANDIDATES,
         stop_token_ids=STOP_IDS,
     )
@@ -118,7 +135,7 @@ def test_log_probs_are_those_of_the_sampled_distribution(
         assert np.array_equal(written, sampled)
         assert mode == "think" or (rollout.forced == () and len(rollout.versions) == 1)
         with torch.no_grad():
-            logits = model(torch.from_numpy(rollout.input_ids).long()[None]).logits[0, -n - 1 : -1]
+            logits = model(torch.from_numpy(rollout.input_ids).long()[None]).logits[0, -n - 1 : -1, :VOCAB_SIZE]
         expected = (logits / CONFIG.temperature).log_softmax(-1)
         own = expected.gather(-1, torch.from_numpy(rollout.token_ids).long()[:, None])[:, 0]
         # float32 on both sides: what differs is the order of sums.
@@ -198,13 +215,40 @@ def test_load_is_shared(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> N
     assert engines.count(0) == engines.count(1) == 4
 
 
+def test_a_response_that_an_engine_gives_up_is_sampled_again(
+    pool: RolloutPool, loop: asyncio.AbstractEventLoop
+) -> None:
+    engine, prompt = pool.engines[0], make_prompts(1)[0]
+
+    def abort(engine: Any) -> int:
+        requests = list(engine.llm.output_processor.request_states)
+        engine.aborting = asyncio.ensure_future(engine.llm.abort(requests, internal=True))
+        return len(requests)
+
+    async def generate(aborts: int) -> Rollout:
+        """With so many requests given up one after the other, before they have begun."""
+        await pool.receive_weights(0, "pause")
+        call = asyncio.ensure_future(engine.generate.remote(prompt, 0))
+        for _ in range(aborts):
+            while not await engine.__ray_call__.remote(abort):
+                await asyncio.sleep(0.01)
+        await pool.receive_weights(0, "resume")
+        return await call
+
+    expected, again = (loop.run_until_complete(generate(aborts)) for aborts in (0, ATTEMPTS - 1))
+    assert expected.finish_reason in ("stop", "length")
+    assert np.array_equal(again.token_ids, expected.token_ids)
+    with pytest.raises(RuntimeError, match=rf"engine 0 gave up the response {prompt.uid}#0 3 times, .*'abort' after 0"):
+        loop.run_until_complete(generate(ATTEMPTS))
+
+
 def test_engines_compute_log_probs_of_given_tokens(
     pool: RolloutPool, model_path: Path, loop: asyncio.AbstractEventLoop
 ) -> None:
     ids = make_prompts(5)[4].token_ids
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     with torch.no_grad():
-        expected = model(torch.from_numpy(ids).long()[None]).logits[0, :-1].log_softmax(-1)
+        expected = model(torch.from_numpy(ids).long()[None]).logits[0, :-1, :VOCAB_SIZE].log_softmax(-1)
     expected = expected.gather(-1, torch.from_numpy(ids).long()[1:, None])[:, 0]
     for engine in loop.run_until_complete(pool.log_probs(ids)):
         np.testing.assert_allclose(engine, expected.numpy(), atol=2e-4)

@@ -29,7 +29,11 @@ from s2w.teacher.signal import SignalRequest, bytes_per_row, decode
 from s2w.vllm_actor import actor_options
 
 VOCAB = 520
-"""No multiple of 64: vLLM pads the vocabulary to 576, and its second shard holds ids and padding."""
+"""Ids of the vocabulary; the heads have more rows, as likely as the others."""
+ROWS = 600
+"""No multiple of 64: vLLM pads it to 640, and the second shard of two holds ids, the head's padding and vLLM's."""
+ROWS_TWICE = 1100
+"""The second shard of two holds padding alone."""
 TOP_K = 16
 MAX_LEN = 512
 
@@ -73,11 +77,13 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden rows float32 [n, d] after the final norm; log-probs float64 [n, V] of each response token."""
+        """Hidden rows float32 [n, d] after the final norm; log-probs float64 [n, VOCAB] of each response token."""
         ids = torch.from_numpy(rollout.input_ids.astype(np.int64))[None]
         output = self.model(ids, output_hidden_states=True)
         rows = slice(len(rollout.prompt.token_ids) - 1, -1)
-        return output.hidden_states[-1][0, rows], (output.logits[0, rows].double() / temperature).log_softmax(-1)
+        return output.hidden_states[-1][0, rows], (output.logits[0, rows, :VOCAB].double() / temperature).log_softmax(
+            -1
+        )
 
 
 def log_tail(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -89,11 +95,11 @@ def log_tail(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def engine(path: Path, dtype: str = "float32", **settings: Any) -> Iterator[Any]:
     """One engine in its actor."""
     config = TeacherConfig(model=str(path), max_batched_tokens=64, enforce_eager=True, cpus=0.5, **settings)
-    options = actor_options("cpu", config.cpus, config.tensor_parallel)
+    options = actor_options("cpu", config.cpus, config.tensor_parallel * config.pipeline_parallel)
     remote: Any = ray.remote(TeacherEngine)
-    actor = remote.options(**options).remote(config, 0, "cpu", dtype, MAX_LEN)
+    actor = remote.options(**options).remote(config, 0, "cpu", dtype, MAX_LEN, VOCAB)
     facts = ray.get(actor.start.remote())
-    assert facts["vocab_size"] == VOCAB and facts["dtype"] == dtype and facts["architecture"].endswith("ForCausalLM")
+    assert facts["dtype"] == dtype and facts["architecture"].endswith("ForCausalLM")
     yield actor
     ray.get(actor.shutdown.remote())
     ray.kill(actor)
@@ -103,7 +109,8 @@ REQUESTS = [
     SignalRequest("hidden"),
     SignalRequest("topk", TOP_K),
     SignalRequest("topk", TOP_K, temperature=1.7),
-    SignalRequest("topk", 300),  # more than one of two shards holds
+    SignalRequest("topk", 500),  # more than one of two shards holds
+    SignalRequest("topk", VOCAB),  # all of them
     SignalRequest("ids"),
     SignalRequest("ids", temperature=0.6),
     SignalRequest("sampled", temperature=1.7),
@@ -126,7 +133,7 @@ def check_against_reference(actor: Any, path: Path, tolerance: float) -> None:
         assert signal.nbytes == sum(tensor.nbytes for tensor in got.values())
         if request.kind == "hidden":
             torch.testing.assert_close(got["hidden"].float(), hidden, atol=tolerance * 4, rtol=0)
-            logits = got["hidden"].double() @ head.weight.double().T * head.scale
+            logits = got["hidden"].double() @ head.weight[:VOCAB].double().T * head.scale
             torch.testing.assert_close(logits.log_softmax(-1), log_probs, atol=tolerance, rtol=0)
         elif request.kind == "sampled":
             expected = log_probs.gather(-1, torch.from_numpy(rollout.token_ids).long()[:, None])[:, 0]
@@ -153,19 +160,25 @@ FLOAT32 = 1e-4
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("tied", {"tensor_parallel": 2}), ("moe", {"tensor_parallel": 2, "expert_parallel": True})],
-    ids=["tied-tp2", "moe-tp2-ep"],
+    ("kind", "rows", "settings"),
+    [
+        ("tied", ROWS, {"tensor_parallel": 2}),
+        ("moe", ROWS_TWICE, {"tensor_parallel": 2, "expert_parallel": True}),
+        ("untied", ROWS, {"pipeline_parallel": 2}),
+    ],
+    ids=["tied-tp2", "moe-tp2-ep", "untied-pp2"],
 )
-def test_every_kind_matches_transformers_in_parallel(tmp_path: Path, kind: Kind, settings: dict[str, Any]) -> None:
-    make_checkpoint(tmp_path, kind, seed=3, vocab_size=VOCAB)
+def test_every_kind_matches_transformers_in_parallel(
+    tmp_path: Path, kind: Kind, rows: int, settings: dict[str, Any]
+) -> None:
+    make_checkpoint(tmp_path, kind, seed=3, vocab_size=rows)
     with engine(tmp_path, **settings) as actor:
         check_against_reference(actor, tmp_path, FLOAT32)
 
 
 def test_every_kind_matches_transformers_in_bfloat16_with_a_logit_scale(tmp_path: Path) -> None:
     config = GraniteConfig(
-        vocab_size=VOCAB,
+        vocab_size=ROWS,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -181,11 +194,20 @@ def test_every_kind_matches_transformers_in_bfloat16_with_a_logit_scale(tmp_path
     with engine(tmp_path, dtype="bfloat16") as actor:
         # bfloat16 keeps 8 bits: 0.4% of weights, of each layer's output and of the logits.
         check_against_reference(actor, tmp_path, 0.05)
+        # The logits themselves are float32: log-probs of one engine from the hidden states of the same step.
+        rollout, weight = make_rollout(9, 30, 20), load_head(str(tmp_path)).weight[:VOCAB]
+        hidden, topk = (
+            arrays(ray.get(actor.score_batch.remote([rollout], request))[0])
+            for request in (SignalRequest("hidden"), SignalRequest("topk", VOCAB))
+        )
+        log_probs = (hidden["hidden"].double() @ weight.double().T / config.logits_scaling).log_softmax(-1)
+        expected = log_probs.gather(-1, topk["ids"].long())
+        torch.testing.assert_close(topk["log_probs"].double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("untied"), "untied", seed=5, vocab_size=VOCAB)
+    return make_checkpoint(tmp_path_factory.mktemp("untied"), "untied", seed=5, vocab_size=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -262,14 +284,14 @@ def make_pool(model: Path, replicas: int, **settings: Any) -> TeacherPool:
         model=str(model), replicas=replicas, max_batched_tokens=64, enforce_eager=True, threads=1, **settings
     )
     signal = SignalConfig(kind=SignalKind.topk, top_k=TOP_K)
-    return TeacherPool(config, signal, 1.5, device="cpu", dtype="float32", max_model_len=MAX_LEN)
+    return TeacherPool(config, signal, 1.5, device="cpu", dtype="float32", max_model_len=MAX_LEN, vocab_size=VOCAB)
 
 
 @pytest.fixture(scope="module")
 def pool(untied: Path, runner: asyncio.Runner) -> Iterator[TeacherPool]:
     pool = make_pool(untied, replicas=2)
     facts = runner.run(pool.start(timeout_s=300))
-    assert facts == {"architecture": "Qwen3ForCausalLM", "vocab_size": VOCAB, "hidden_size": 128, "dtype": "float32"}
+    assert facts == {"architecture": "Qwen3ForCausalLM", "hidden_size": 128, "dtype": "float32"}
     yield pool
     runner.run(pool.shutdown())
 

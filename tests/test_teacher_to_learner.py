@@ -20,6 +20,7 @@ from s2w.config import Config, SignalDtype, SignalKind, TeacherConfig
 from s2w.errors import PreflightError
 from s2w.learner.group import LearnerGroup
 from s2w.learner.messages import NonFiniteError
+from s2w.models.checkpoint import ModelReference
 from s2w.preflight import FLOAT32, LOW_PRECISION, Reference, check_divergence, check_log_probs
 from s2w.records import Prompt, Rollout, Scored, VersionSpan
 from s2w.teacher.engine import TeacherEngine
@@ -49,7 +50,7 @@ class World:
         config = self.group.config
         config.signal.kind = kind
         config.loss.divergence = "reverse_kl" if kind is SignalKind.sampled else "forward_kl"
-        self.run(self.group.build(student, VOCAB_SIZE))
+        self.run(self.group.build(ModelReference(str(student)), VOCAB_SIZE))
         return self.group
 
     def score(self, kind: SignalKind = SignalKind.hidden, dtype: SignalDtype = SignalDtype.auto) -> list[Scored]:
@@ -74,9 +75,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     loop = asyncio.new_event_loop()
     settings = TeacherConfig(model=str(teacher_path), max_batched_tokens=48, max_sequences=16, enforce_eager=True)
     remote: Any = ray.remote(TeacherEngine)
-    teacher = remote.options(**actor_options("cpu", 0.5, 1)).remote(settings, 0, "cpu", "float32", 128)
+    teacher = remote.options(**actor_options("cpu", 0.5, 1)).remote(settings, 0, "cpu", "float32", 128, VOCAB_SIZE)
     ready = teacher.start.remote()
-    group = loop.run_until_complete(LearnerGroup.start(config, teacher_path, "cpu", VOCAB_SIZE))
+    group = loop.run_until_complete(LearnerGroup.start(config, ModelReference(str(teacher_path)), "cpu", VOCAB_SIZE))
     ray.get(ready)
     generator = np.random.default_rng(0)
     rollouts = [make_rollout(generator, f"r{i}", *shape) for i, shape in enumerate(SHAPES)]

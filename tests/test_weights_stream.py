@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -174,7 +175,37 @@ def test_nccl_plan_gives_every_worker_its_rank() -> None:
     assert {plan["world_size"] for plan in plans.values()} == {7}
     assert update.info["names"] == [tensor.name for tensor in stream.metadata()]
     assert set(update.info["dtype_names"]) == {"bfloat16"}
-    again, grown = transfer.prepare({3: 2, 5: 4}), transfer.prepare({3: 2, 5: 4, 6: 1})
-    assert again is not None and grown is not None
-    assert not again.connect
-    assert grown.connect.keys() == {3, 5, 6}
+
+
+class Broadcast:
+    """In place of vLLM's NCCL engine, which needs GPUs."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def send_weights(self) -> None:
+        if self.error:
+            raise self.error
+
+
+def test_nccl_connects_anew_until_a_swap_has_gone_through() -> None:
+    model = make_model("moe", seed=0)
+    transfer = NcclTransfer(CheckpointStream(model, model.named_parameters, torch.bfloat16), rank=0)
+
+    def connects(workers: dict[int, int]) -> set[int]:
+        update = transfer.prepare(workers)
+        assert update is not None
+        return set(update.connect)
+
+    # Nobody has met yet, or the meeting failed.
+    assert connects({3: 2, 5: 4}) == connects({3: 2, 5: 4}) == {3, 5}
+    transfer._engine = cast(Any, Broadcast())
+    transfer.send()
+    assert connects({3: 2, 5: 4}) == set()
+    assert connects({3: 2, 5: 4, 6: 1}) == {3, 5, 6}
+    transfer.send()
+    assert connects({3: 2, 5: 4, 6: 1}) == set()
+    transfer._engine = cast(Any, Broadcast(ConnectionError("a peer is gone")))
+    with pytest.raises(ConnectionError):
+        transfer.send()
+    assert connects({3: 2, 5: 4, 6: 1}) == {3, 5, 6}

@@ -65,7 +65,7 @@ class Engine:
     def __init__(self, runner: asyncio.Runner, path: Path, learner: Learner, **options: Any) -> None:
         self.run, self.learner = runner.run, learner
         self.options = options
-        self.workers = {0: options.get("tensor_parallel_size", 1)}
+        self.workers = {0: options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)}
         self.run(self.start(path))
 
     async def start(self, path: Path) -> None:
@@ -80,6 +80,7 @@ class Engine:
                 max_num_batched_tokens=2048,
                 max_num_seqs=8,
                 enforce_eager=True,
+                scheduling_policy="priority",
                 enable_chunked_prefill=False,
                 gpu_memory_utilization=0.1,
                 disable_log_stats=True,
@@ -120,12 +121,18 @@ class Engine:
 
 @contextmanager
 def running(
-    path: Path, kind: Kind, dtype: str = "float32", tensor_parallel: int = 1, expert_parallel: bool = False
+    path: Path,
+    kind: Kind,
+    dtype: str = "float32",
+    tensor_parallel: int = 1,
+    expert_parallel: bool = False,
+    pipeline_parallel: int = 1,
 ) -> Iterator[Engine]:
     """An engine that starts with seed 0; ends its processes."""
     with patch.dict(os.environ), asyncio.Runner() as runner:
         os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE"}
-        options = prepare_process("cpu", tensor_parallel, None, kv_cache_gib=1)
+        options = prepare_process("cpu", tensor_parallel * pipeline_parallel, None, kv_cache_gib=1)
+        options["pipeline_parallel_size"] = pipeline_parallel
         options["enable_expert_parallel"] = expert_parallel
         make_checkpoint(path, kind, seed=0, dtype=dtype)
         learner = Learner(kind, dtype)
@@ -167,6 +174,15 @@ def test_there_and_back(
         assert report.bytes == engine.learner.transfer.stream.nbytes
         if kind == "moe":
             incomplete_update_raises_and_the_next_recovers(engine)
+
+
+def test_there_and_back_over_pipeline_stages(tmp_path: Path) -> None:
+    """A tied model: the embedding is in the first stage and, as head, in the last."""
+    with running(tmp_path, "tied", pipeline_parallel=2) as engine:
+        engine.check(0)
+        for version in (1, 2):
+            engine.swap(version)
+            engine.check(version)
 
 
 def incomplete_update_raises_and_the_next_recovers(engine: Engine) -> None:
@@ -225,6 +241,28 @@ def test_requests_in_flight_go_on_with_the_new_weights(tied: Engine) -> None:
         references = [tied.learner.log_probs(version, ids)[len(prompt) - 1 :] for version in (0, 1)]
         np.testing.assert_allclose(sampled[: old.end], references[0][: old.end], atol=TOLERANCE)
         np.testing.assert_allclose(sampled[new.start :], references[1][new.start :], atol=TOLERANCE)
+
+
+def test_the_probe_of_a_swap_waits_for_no_response(tied: Engine) -> None:
+    """More responses than the engine has slots (8): the probe is computed before any that still waits begins."""
+    tied.swap(22)
+    prompts = {f"long-{'x' * i}": [(7 * i + 3 * j * j) % VOCAB_SIZE for j in range(20)] for i in range(14)}
+
+    async def fly() -> tuple[np.ndarray, int, int]:
+        progress: dict[str, int] = {}
+        requests = [asyncio.create_task(tied.generate(name, p, 200, progress)) for name, p in prompts.items()]
+        while len(progress) < 8 or min(progress.values()) < 10:
+            await asyncio.sleep(0.005)
+        tied.learner.holds(1)
+        await publish(tied.learner, tied, 23, PROBE)
+        probe = await tied.receivers[0].probed()
+        begun, done = len(progress), sum(request.done() for request in requests)
+        await asyncio.gather(*requests)
+        return probe, begun, done
+
+    probe, begun, done = tied.run(fly())
+    assert (begun, done) == (8, 0)
+    np.testing.assert_allclose(probe, tied.learner.log_probs(1), atol=TOLERANCE)
 
 
 def test_prefixes_of_the_old_weights_are_not_reused(tied: Engine) -> None:

@@ -5,6 +5,7 @@ Token ids 0 to 505 are byte-level BPE, 506 to 511 are the added tokens, so every
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,3 +112,12 @@ def make_checkpoint(path: str | Path, kind: Kind, seed: int, dtype: str = "float
     make_model(kind, seed, **overrides).to(getattr(torch, dtype)).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+def add_to_hub_cache(cache: Path, repository: str, checkpoint: Path) -> None:
+    """Puts a checkpoint into a hub cache (``HF_HUB_CACHE``), as a download of ``repository`` would."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    shutil.copytree(checkpoint, folder / "snapshots" / commit)

@@ -15,7 +15,8 @@ from s2w.eval.grading import Grader
 from s2w.eval.problems import make_prompts, read_problems
 from s2w.eval.report import EvalReport, make_report
 from s2w.hardware import resolve_dtype
-from s2w.models.checkpoint import Checkpoint, read_checkpoint, resolve_path
+from s2w.models.checkpoint import Checkpoint, ModelReference, read_checkpoint
+from s2w.models.tokenizers import token_count
 from s2w.modes import supported_modes
 from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
@@ -86,6 +87,7 @@ def _check_numbers(run: EvalRun) -> None:
         "eval.max_prompt_tokens": evaluation.max_prompt_tokens,
         "rollout.engines": rollout.engines,
         "rollout.tensor_parallel": rollout.tensor_parallel,
+        "rollout.pipeline_parallel": rollout.pipeline_parallel,
         "rollout.max_tokens": rollout.max_tokens,
         "rollout.max_sequences": rollout.max_sequences,
     }
@@ -125,7 +127,7 @@ def _check_resources(config: RolloutConfig, device: str, resources: dict[str, fl
     """Raises ConfigError if the cluster is too small."""
     needs = {"CPU": config.engines * config.cpus}
     if device == "cuda":
-        needs["GPU"] = config.engines * config.tensor_parallel
+        needs["GPU"] = config.engines * config.tensor_parallel * config.pipeline_parallel
     for resource, amount in needs.items():
         if amount > (there := resources.get(resource, 0)):
             raise ConfigError(
@@ -140,10 +142,11 @@ async def _sample(
     config = run.rollout
     pool = RolloutPool(
         config,
-        model=str(resolve_path(run.model, run.revision, weights=True)),
+        model=ModelReference.of(run.model, run.revision),
         device=device,
         dtype=resolve_dtype(config.dtype, device),
         max_model_len=length,
+        vocab_size=token_count(checkpoint.tokenizer),
         candidates=0,
         stop_token_ids=checkpoint.eos_token_ids,
     )

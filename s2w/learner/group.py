@@ -26,9 +26,17 @@ from s2w.job import Job
 from s2w.learner import checkpoint
 from s2w.learner.batching import MicroBatch, plan_micro_batches
 from s2w.learner.divergence import make_divergence
-from s2w.learner.messages import MicroBatchWork, RankSpec, RankStep, StepRefusedError, sequence_length
+from s2w.learner.messages import (
+    MicroBatchWork,
+    NonFiniteError,
+    RankSpec,
+    RankStep,
+    StepRefusedError,
+    sequence_length,
+)
 from s2w.learner.schedule import learning_rate
 from s2w.learner.signal_bias import summarise
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Scored
 from s2w.teacher.routing import teacher_settings
 
@@ -71,6 +79,8 @@ class LearnerStep:
     """Of each rank."""
     signal_bias: dict[str, dict[str, float]]
     """See :func:`s2w.learner.signal_bias.summarise`; empty unless signal.bias_every asks for it in this step."""
+    skipped: str
+    """Why the weights are as before: one sentence that names the samples; empty after an ordinary update."""
 
 
 class LearnerError(RuntimeError):
@@ -89,15 +99,17 @@ class LearnerGroup:
     ranks: list[Any]
     placement: PlacementGroup
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    skipped_in_a_row: int = 0
+    vocab_size: int = 0
 
     @classmethod
     async def start(
-        cls, config: Config, student: Path, device: str, vocab_size: int, chat_template: str | None = None
+        cls, config: Config, student: ModelReference, device: str, vocab_size: int, chat_template: str | None = None
     ) -> LearnerGroup:
         """Places the ranks, loads the student and the teacher's head.
 
         Args:
-            student: directory of the checkpoint to start from.
+            student: the checkpoint to start from.
             device: cuda or cpu.
             vocab_size: ids that student and teacher share.
             chat_template: for the student's checkpoints, in place of the one in ``student``.
@@ -144,21 +156,22 @@ class LearnerGroup:
             raise
         return group
 
-    async def build(self, student: Path, vocab_size: int, chat_template: str | None = None) -> None:
-        """Makes the engines anew from ``config``, with the weights in ``student`` and a fresh optimizer.
+    async def build(self, student: ModelReference, vocab_size: int, chat_template: str | None = None) -> None:
+        """Makes the engines anew from ``config``, with the weights of ``student`` and a fresh optimizer.
 
         Args:
-            student: directory of the checkpoint to start from.
+            student: the checkpoint to start from.
             vocab_size: ids that student and teacher share.
             chat_template: for the student's checkpoints, in place of the one in ``student``.
         """
         config = self.config
+        self.vocab_size = vocab_size
         spec = RankSpec(
             learner=config.learner,
             loss=config.loss,
             reward=config.reward,
             signal=config.signal.kind.value,
-            student=student.absolute(),
+            student=student,
             chat_template=chat_template,
             teachers={name: (teacher.model, teacher.revision) for name, teacher in teacher_settings(config).items()},
             vocab_size=vocab_size,
@@ -174,8 +187,9 @@ class LearnerGroup:
         """One optimizer step on all of ``samples``; ``step`` is 0 for the first.
 
         Raises:
-            ValueError: no samples, or one without sampled tokens.
+            ValueError: no samples, one without sampled tokens, or an id past the vocabulary.
             SignalLostError, NonFiniteError: the message names the samples; weights and optimizer are as before.
+                NonFiniteError too after more than ``learner.max_skipped_steps`` steps without a finite gradient.
             LearnerError: a rank failed alone.
         """
         began = time.perf_counter()
@@ -206,7 +220,25 @@ class LearnerGroup:
             wait_seconds=max(report.wait_seconds for report in reports),
             micro_batches=len(plan[0]),
             signal_bias=summarise([report.signal_bias for report in reports]),
+            skipped=self._skipped(reports, step),
         )
+
+    def _skipped(self, reports: Sequence[RankStep], step: int) -> str:
+        """``LearnerStep.skipped``; counts."""
+        if math.isfinite(reports[0].grad_norm):
+            self.skipped_in_a_row = 0
+            return ""
+        self.skipped_in_a_row += 1
+        uids = [uid for report in reports for uid in report.flawed]
+        whose = f"that of {', '.join(uids)}" if uids else "no sample's own, but their sum"
+        limit = self.config.learner.max_skipped_steps
+        sentence = f"step {step + 1}: the gradient is not finite ({whose}), and the update is left out"
+        if self.skipped_in_a_row > limit:
+            raise NonFiniteError(
+                f"{sentence}: {self.skipped_in_a_row} in a row, more than learner.max_skipped_steps={limit}; look at "
+                "these samples, or write a lower learner.learning_rate"
+            )
+        return sentence
 
     async def evaluate(self, samples: Sequence[Scored], divergences: Sequence[str]) -> dict[str, float]:
         """Means of divergences over the sampled tokens of all ``samples``; see :meth:`evaluate_samples`."""
@@ -340,9 +372,15 @@ class LearnerGroup:
 
     def _plan(self, samples: Sequence[Scored]) -> list[list[MicroBatch]]:
         """Which samples are in each rank's micro-batches."""
-        for sample in samples:
-            if len(sample.rollout.sampled_rows) == 0:
-                raise ValueError(f"rollout {sample.rollout.uid} has no sampled tokens")
+        for rollout in (sample.rollout for sample in samples):
+            if len(rollout.sampled_rows) == 0:
+                raise ValueError(f"rollout {rollout.uid} has no sampled tokens")
+            # On a GPU such an id is a failed assertion of a kernel, and the process can compute nothing more.
+            if (largest := rollout.input_ids.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"rollout {rollout.uid} has the token id {largest}, and the vocabulary that teacher and student "
+                    f"share ends at {self.vocab_size - 1}"
+                )
         plan: list[list[MicroBatch]] = [[] for _ in self.ranks]
         # A micro-batch has one teacher, whose head it is multiplied with.
         names = [sample.signal.name if sample.signal else "" for sample in samples]
@@ -393,12 +431,12 @@ def _environment(device: str) -> dict[str, str]:
     return environment | cpu_environment() if device == "cpu" else environment
 
 
-async def start_learner(config: Config, student: Path, job: Job) -> LearnerGroup:
+async def start_learner(config: Config, student: ModelReference, job: Job) -> LearnerGroup:
     """The learner of one phase of ``job``: as :meth:`LearnerGroup.start`.
 
     Args:
         config: the job's, with what the phase changes.
-        student: directory of the checkpoint to start from.
+        student: the checkpoint to start from.
     """
     facts = job.facts
     template = str(facts.student.tokenizer.chat_template) if config.student.thinking_switch else None

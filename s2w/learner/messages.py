@@ -1,4 +1,4 @@
-"""What the learner group and its ranks say to each other; imports neither DeepSpeed nor transformers."""
+"""What the learner group and its ranks say to each other; imports no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from s2w.config import LearnerConfig, LossConfig, Objective, RewardConfig
 from s2w.learner.signal_bias import SignalSums
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Scored, SignalKind
 
 STATISTICS = ("values", "student_entropy", "teacher_entropy", "agreement")
@@ -36,8 +37,8 @@ class RankSpec:
     loss: LossConfig
     reward: RewardConfig
     signal: SignalKind
-    student: Path
-    """Directory of the checkpoint to start from."""
+    student: ModelReference
+    """The checkpoint to start from."""
     chat_template: str | None
     """Goes into the student's checkpoints in place of the template in ``student``; None leaves that one."""
     teachers: dict[str, tuple[str, str | None]]
@@ -77,7 +78,9 @@ class RankStep:
     loss_sum: float
     """The objective summed over this rank's response tokens."""
     grad_norm: float
-    """Of the whole gradient, before clipping; the same on all ranks."""
+    """Of the whole gradient, before clipping; the same on all ranks. Infinite: the optimizer left the step out."""
+    flawed: list[str]
+    """Then, this rank's samples whose own gradient is not finite."""
     signal_bytes: int
     fetch_seconds: float
     """Getting and joining signals, beside the work."""

@@ -60,9 +60,18 @@ class StudentModel(nn.Module):
         self.loss = loss
         self.divergence = divergence
         self.vocab_size = vocab_size
+        self.flawed: list[torch.Tensor] = []
+        """Of each backward pass so far, bool [samples]: whose gradient is not finite."""
+        lm.get_input_embeddings().register_forward_hook(self._watch_gradient)
         embedding = lm.get_output_embeddings()
         for parameter in embedding.parameters():
             deepspeed.zero.register_external_parameter(self, parameter)
+
+    def _watch_gradient(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        """Notes which samples' gradients are not finite where a backward pass ends: what goes wrong on the way gets
+        there."""
+        if output.requires_grad:
+            output.register_hook(lambda grad: self.flawed.append(~grad.isfinite().flatten(1).all(1)))
 
     @property
     def head(self) -> Head:
@@ -107,10 +116,11 @@ class StudentModel(nn.Module):
         hidden = hidden.flatten(0, 1).index_select(0, tokens.rows)
         head = self.head
         if log_probs:
-            log_q = head.logits(hidden)[:, : self.vocab_size].log_softmax(-1)
+            log_q = head.cut(self.vocab_size).logits(hidden).log_softmax(-1)
             return {"log_probs": log_q.gather(-1, tokens.targets[:, None])[:, 0]}
         if teacher is None and policy is None:
-            return {"loss": head.logits(hidden[:1]).sum() * 0.0}
+            parameters = self.lm.get_output_embeddings().parameters()
+            return {"loss": 0.0 * (hidden[:1].sum() + sum(p.flatten()[:1].sum() for p in parameters))}
         options: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "temperature": self.loss.temperature,

@@ -97,9 +97,9 @@ class LearnerRank:
         torch.manual_seed(spec.seed + self.rank)
         settings = deepspeed_settings(learner, spec.dtype, spec.device)
 
-        self.lm = load_student(
-            spec.student, getattr(torch, spec.dtype), learner.attention, settings if learner.zero_stage == 3 else None
-        )
+        self.student_path = spec.student.resolve()
+        zero3 = settings if learner.zero_stage == 3 else None
+        self.lm = load_student(self.student_path, getattr(torch, spec.dtype), learner.attention, zero3)
         if learner.activation_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         divergence = make_divergence(spec.loss.divergence, beta=spec.loss.beta, alpha=spec.loss.alpha)
@@ -118,12 +118,9 @@ class LearnerRank:
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
         self.teacher_heads: dict[str, Head] = {}
-        if spec.signal == "hidden":
-            place = {"device": self.device, "dtype": getattr(torch, spec.dtype)}
-            for name, (reference, revision) in spec.teachers.items():
-                head = load_head(reference, revision)
-                bias = None if head.bias is None else head.bias.to(**place)
-                self.teacher_heads[name] = Head(head.weight.to(**place), bias, head.softcap, head.scale)
+        if spec.signal == "hidden" and spec.loss.objective is Objective.divergence:
+            for name in spec.teachers:
+                self._teacher_head(name)
         stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
         self.transfer = create_transfer(spec.device, stream, self.rank)
 
@@ -149,10 +146,9 @@ class LearnerRank:
 
         Raises:
             SignalLostError, NonFiniteError: on all ranks, before the optimizer step; nothing has changed.
-            FloatingPointError: the gradient is not finite although the loss is. The weights are spoilt: load a
-                checkpoint.
         """
         self.engine.train()
+        self.engine.module.flawed.clear()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         stream = signal_stream(work)
@@ -188,9 +184,17 @@ class LearnerRank:
         grad_norm = self.unsharded_grad_norm
         if self.spec.learner.zero_stage > 0:
             grad_norm = float(self.engine.get_global_grad_norm())
+        flawed: list[str] = []
         if not np.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: the gradient's norm is {grad_norm} although the loss is finite")
-        return RankStep(sums, loss.item() / row_weight, grad_norm, stream.nbytes, stream.fetched, stream.waited, bias)
+            grad_norm = float("inf")
+            flawed = [
+                sample.rollout.uid
+                for item, flags in zip(work, self.engine.module.flawed, strict=True)
+                for sample, flag in zip(item.samples, flags.tolist(), strict=True)
+                if flag and item.weighted
+            ]
+        loss_sum = loss.item() / row_weight
+        return RankStep(sums, loss_sum, grad_norm, flawed, stream.nbytes, stream.fetched, stream.waited, bias)
 
     def evaluate(self, work: Sequence[MicroBatchWork], divergences: Sequence[tuple[str, Divergence]]) -> np.ndarray:
         """Sums of divergences over each sample's sampled tokens, without gradient; collective.
@@ -216,6 +220,9 @@ class LearnerRank:
                 values = self.engine(tokens, teacher, evaluate=divergences)
                 sums.append(sample_sums(item.samples, torch.stack([values[name] for name, _ in divergences])))
                 lost = lost or self._hidden_flaw(item.samples, sums[-1])
+        if self.spec.loss.objective is Objective.grpo:
+            # Training asks no teacher: only an evaluation, now and then, needs them.
+            self.teacher_heads.clear()
         self._raise_together(lost)
         return np.concatenate(sums)
 
@@ -282,7 +289,7 @@ class LearnerRank:
             if not isinstance(tensor, nn.Parameter)
         )
         checkpoint.write_weights(directory, chain(stream, buffers))
-        checkpoint.write_texts(directory, self.lm, self.spec.student, self.spec.chat_template)
+        checkpoint.write_texts(directory, self.lm, self.student_path, self.spec.chat_template)
 
     def load(self, directory: Path) -> None:
         """Continues from a checkpoint; before the first step, since DeepSpeed loads only into a fresh engine;
@@ -307,7 +314,7 @@ class LearnerRank:
         if self.spec.signal == "hidden":
             assert samples[0].signal is not None
             hidden = HiddenParts(parts, getattr(torch, self.spec.dtype))
-            return HiddenRows(hidden, self.teacher_heads[samples[0].signal.name])
+            return HiddenRows(hidden, self._teacher_head(samples[0].signal.name))
         signal = joined(parts)
         match self.spec.signal:
             case "topk" | "ids":
@@ -322,6 +329,16 @@ class LearnerRank:
                     discount=self.spec.loss.discount,
                     sequence_ids=self._rows(samples, range(len(samples))),
                 )
+
+    def _teacher_head(self, name: str) -> Head:
+        """A teacher's head, in the dtype of the products; read when it is first asked for."""
+        if name not in self.teacher_heads:
+            reference, revision = self.spec.teachers[name]
+            head = load_head(reference, revision)
+            place = {"device": self.device, "dtype": getattr(torch, self.spec.dtype)}
+            bias = None if head.bias is None else head.bias.to(**place)
+            self.teacher_heads[name] = Head(head.weight.to(**place), bias, head.softcap, head.scale)
+        return self.teacher_heads[name]
 
     def _policy_rows(self, samples: Sequence[Scored], row_weight: float) -> PolicyRows | None:
         """The policy gradient's rows; None where there is none."""
@@ -415,6 +432,9 @@ class LearnerRank:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.spec.learner.max_grad_norm or float("inf")
         self.unsharded_grad_norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+        if not np.isfinite(self.unsharded_grad_norm):
+            # As DeepSpeed does at the other stages, the step is left out: AdamW passes over what has no gradient.
+            optimizer.zero_grad()
 
     def _rng_state(self) -> dict[str, torch.Tensor]:
         state = {"cpu": torch.get_rng_state()}

@@ -40,6 +40,25 @@ class Checkpoint:
         return self.config.get_text_config().vocab_size
 
 
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """A checkpoint as actors are told of it: each finds it on its own node, where the hub cache may be another."""
+
+    reference: str
+    """Hub id or directory."""
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, reference: str, revision: str | None = None) -> ModelReference:
+        """A directory becomes absolute: actors may run elsewhere."""
+        path = Path(reference).expanduser()
+        return cls(str(path.absolute())) if path.is_dir() else cls(reference, revision)
+
+    def resolve(self) -> Path:
+        """:func:`resolve_path` with the weights, on the node of the caller."""
+        return resolve_path(self.reference, self.revision, weights=True)
+
+
 def resolve_path(reference: str, revision: str | None = None, weights: bool = False) -> Path:
     """Directory of a checkpoint; a hub id is fetched into the hub cache, its weights only if ``weights``.
 

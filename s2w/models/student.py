@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from s2w.config import StudentConfig, StudentInit
 from s2w.errors import ConfigError
 from s2w.learner.checkpoint import write_weights
-from s2w.models.checkpoint import TEXT_FILES, read_checkpoint, resolve_path
+from s2w.models.checkpoint import TEXT_FILES, ModelReference, read_checkpoint, resolve_path
+from s2w.models.tokenizers import token_count
 
 RECORD_FILE = "made_from"
 """What a materialised student was made from: a later run reuses it only if it asks for the same."""
@@ -72,6 +73,17 @@ def materialise_student(student: StudentConfig, directory: Path, seed: int) -> P
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return directory
+
+
+def student_reference(student: StudentConfig, directory: Path, seed: int) -> ModelReference:
+    """The student's first checkpoint: ``student.model`` itself, or what :func:`materialise_student` writes.
+
+    Raises:
+        ConfigError: as there.
+    """
+    if student.init is StudentInit.checkpoint:
+        return ModelReference.of(student.model, student.revision)
+    return ModelReference.of(str(materialise_student(student, directory, seed)))
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
@@ -174,7 +186,7 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
                 del fields[name]
     fields |= overrides
     source = read_checkpoint(student.model, student.revision)
-    tokens = max(source.tokenizer.get_vocab().values()) + 1
+    tokens = token_count(source.tokenizer)
     if fields["vocab_size"] < tokens:
         raise ConfigError(
             f"student.overrides: vocab_size {fields['vocab_size']} is smaller than the tokenizer's {tokens} tokens"

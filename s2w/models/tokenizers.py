@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import Checkpoint
 
@@ -16,6 +18,11 @@ class SharedVocabulary:
     """Real entries: highest token id + 1. Rows of either head from here on are padding."""
     notes: tuple[str, ...]
     """Sentences to show the user; empty when nothing differs."""
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Highest token id + 1: rows of a head from here on are padding."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def compare_tokenizers(teacher: Checkpoint, student: Checkpoint) -> SharedVocabulary:
@@ -43,7 +50,7 @@ def compare_tokenizers(teacher: Checkpoint, student: Checkpoint) -> SharedVocabu
             f"{_id_text(teacher_ids.get(token))} in {teacher.reference!r}, "
             f"{_id_text(student_ids.get(token))} in {student.reference!r}"
         )
-    vocab_size = max(teacher_ids.values()) + 1
+    vocab_size = token_count(teacher.tokenizer)
     for side in (teacher, student):
         if side.vocab_size < vocab_size:
             raise ConfigError(

@@ -88,6 +88,7 @@ class StepReporter:
             agreement=update.means.agreement,
             grad_norm=update.grad_norm,
             learning_rate=update.learning_rate,
+            skipped=int(bool(update.skipped)),
             prompts=len({rollout.prompt.uid for rollout in rollouts}),
             response_tokens=response,
             response_length=sum(len(rollout.token_ids) for rollout in written) / len(written),

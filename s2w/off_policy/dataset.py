@@ -41,13 +41,15 @@ DROPPED = "dropped.parquet"
 CHUNK = 1024
 """Texts tokenised at once."""
 TOKENS = "response_token_ids"
+FINISH_REASONS = ("stop", "length", "abort", "error")
+"""vLLM's. Only ``stop`` is the end of a whole response."""
 
 Messages = tuple[dict[str, str], ...]
 
 
 def read_dataset(config: Config, facts: Facts) -> list[Response]:
     """The responses in ``off_policy.path``, each a training example. Those without tokens of their own end with the
-    teacher's first end-of-sequence token, unless their ``finish_reason`` is ``length``.
+    teacher's first end-of-sequence token, unless their ``finish_reason`` is another than ``stop``.
 
     A row's mode is its column ``mode``, else the soft switch in its messages, else whether its response thinks.
 
@@ -72,8 +74,8 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
         task, answer = _task(where, row)
         metadata = _metadata(row, messages, answer) if task and task not in VERIFIERS else {}
         rendered.append(render(tokenizer, messages, mode, dict(config.data.chat_template_kwargs)))
-        finish_reasons.append(row.get("finish_reason") or "stop")
-        own_tokens.append(None if row.get(TOKENS) is None else np.asarray(row[TOKENS], np.int32))
+        finish_reasons.append(_finish_reason(where, row))
+        own_tokens.append(_own_tokens(where, row, facts.vocabulary.vocab_size))
         texts.append(_without_prefix(text, mode, opened))
         uid = f"{path.stem}/{len(prompts)}"
         seed = derive_seed("prompt", config.run.seed, uid)
@@ -84,7 +86,7 @@ def read_dataset(config: Config, facts: Facts) -> list[Response]:
         raise ConfigError(f"{facts.teacher.reference!r} has no end-of-sequence token to put after the responses")
     end = np.asarray(facts.teacher.eos_token_ids[:1], np.int32)
     responses = [
-        ids if finish_reason == "length" else np.concatenate([ids, end])
+        np.concatenate([ids, end]) if finish_reason == "stop" else ids
         for ids, finish_reason in zip(_encode(tokenizer, texts), finish_reasons, strict=True)
     ]
     return [
@@ -179,6 +181,26 @@ def _mode(where: str, row: dict[str, Any], messages: Messages, text: str, modes:
         return mode
     mode = "think" if split_thinking(text, "think").thought else "no_think"
     return mode if mode in modes else modes[0]
+
+
+def _finish_reason(where: str, row: dict[str, Any]) -> str:
+    reason = row.get("finish_reason") or "stop"
+    if reason not in FINISH_REASONS:
+        raise ConfigError(f"{where} has finish_reason {reason!r}: write one of {', '.join(FINISH_REASONS)}")
+    return reason
+
+
+def _own_tokens(where: str, row: dict[str, Any], vocab_size: int) -> np.ndarray | None:
+    """int32 [n], where a shard of this vocabulary has them."""
+    if row.get(TOKENS) is None:
+        return None
+    ids = np.asarray(row[TOKENS], np.int32)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ConfigError(
+            f"{where} has {TOKENS} from {ids.min()} to {ids.max()}, and the vocabulary ends at {vocab_size - 1}: "
+            "generate the responses anew"
+        )
+    return ids
 
 
 def _task(where: str, row: dict[str, Any]) -> tuple[str, str | None]:

@@ -2,7 +2,7 @@
 
 The filters run in a fixed order, from cheap to dear, and a response is counted by the first one that drops it:
 
-1. ``truncated``: cut off at the token limit;
+1. ``truncated``: cut off, at the token limit or by an engine that gave it up;
 2. ``format``: think block left open, or a mode that is not obeyed;
 3. ``length``: response too short or too long, or prompt too long;
 4. ``loop``: the same n-gram again and again;
@@ -104,8 +104,8 @@ def apply_filters(
 
 
 def is_truncated(response: Response) -> bool:
-    """The response ran into the token limit."""
-    return response.finish_reason == "length"
+    """The response did not come to its end: it ran into the token limit, or its request was aborted."""
+    return response.finish_reason != "stop"
 
 
 def breaks_format(response: Response, opened: bool) -> bool:

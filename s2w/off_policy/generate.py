@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from s2w.config import Config, RolloutConfig
 from s2w.data.prompts import build_prompts
 from s2w.hardware import resolve_dtype
-from s2w.models.checkpoint import resolve_path
+from s2w.models.checkpoint import ModelReference
 from s2w.modes import supported_modes
 from s2w.observe.progress import Progress
 from s2w.off_policy.response import Response
@@ -69,6 +69,7 @@ def engine_settings(config: Config) -> RolloutConfig:
     return RolloutConfig(
         engines=off.engines or teacher.replicas,
         tensor_parallel=teacher.tensor_parallel,
+        pipeline_parallel=teacher.pipeline_parallel,
         expert_parallel=teacher.expert_parallel,
         max_tokens=off.max_tokens,
         temperature=off.temperature,
@@ -111,10 +112,11 @@ async def generate(
     )
     pool = RolloutPool(
         settings,
-        model=str(resolve_path(config.teacher.model, config.teacher.revision, weights=True)),
+        model=ModelReference.of(config.teacher.model, config.teacher.revision),
         device=device,
         dtype=resolve_dtype(settings.dtype, device),
         max_model_len=config.data.max_prompt_tokens + off.max_tokens,
+        vocab_size=facts.vocabulary.vocab_size,
         candidates=0,
         stop_token_ids=facts.teacher.eos_token_ids,
     )

@@ -21,6 +21,7 @@ from s2w.job import Job
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup, start_learner
 from s2w.learner.saver import Saver, due
+from s2w.models.checkpoint import ModelReference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.off_policy.batches import ResponseStream
@@ -50,18 +51,18 @@ def learner_settings(config: Config) -> Config:
     return replace(config, learner=learner, loop=loop, loss=loss, reward=reward)
 
 
-async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses) -> Path:
+async def run_phase(job: Job, student: ModelReference, teacher_responses: TeacherResponses) -> ModelReference:
     """Runs the phase, or what is left of it.
 
     The parts start one after the other, so that they can use the same GPUs: first the engines that generate, then
     the learner and, for ``loss=divergence``, the teacher that scores.
 
     Args:
-        student: directory of the checkpoint to start from.
+        student: the checkpoint to start from.
         teacher_responses: collected if the phase is not done.
 
     Returns:
-        Directory of the phase's last checkpoint: the student that the on-policy phase starts from.
+        The phase's last checkpoint: the student that the on-policy phase starts from.
 
     Raises:
         ConfigError: no responses to learn from, or others than those of the checkpoint to continue from.
@@ -72,7 +73,7 @@ async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses
     state: dict[str, Any] = checkpoint.read_state(last) if last else {"step": 0}
     if last and state["step"] >= off.steps:
         progress.say(f"the off-policy phase is done: {last}")
-        return last
+        return ModelReference.of(str(last))
     responses = await teacher_responses.split()
     stream = ResponseStream(responses.train, off.responses_per_step, config.run.seed)
     if last:
@@ -88,7 +89,8 @@ async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(start_learner(settings, student, job))
             if off.loss is Objective.divergence:
-                teachers = Teachers(config, device, config.data.max_prompt_tokens + off.max_tokens)
+                length = config.data.max_prompt_tokens + off.max_tokens
+                teachers = Teachers(config, device, length, job.facts.vocabulary.vocab_size)
                 group.create_task(teachers.start(config.cluster.start_timeout_s))
         learner = starting.result()
         if last:
@@ -107,7 +109,7 @@ async def run_phase(job: Job, student: Path, teacher_responses: TeacherResponses
             keep=config.loop.keep_checkpoints,
             step=state["step"],
         )
-        return await phase.run()
+        return ModelReference.of(str(await phase.run()))
     finally:
         if teachers is not None:
             await teachers.shutdown()
@@ -179,6 +181,7 @@ class OffPolicyPhase:
                     agreement=update.means.agreement,
                     grad_norm=update.grad_norm,
                     learning_rate=update.learning_rate,
+                    skipped=int(bool(update.skipped)),
                     responses=len(samples),
                     response_tokens=update.means.tokens,
                     tokens_per_second=tokens / update.seconds,
@@ -186,6 +189,8 @@ class OffPolicyPhase:
                 )
                 self.recorder.off_policy_step(report)
                 self.progress.off_policy_step(report, self.settings.steps)
+                if update.skipped:
+                    self.progress.say(update.skipped)
                 if due(self.step, self.settings.eval_every) or self.step == self.settings.steps:
                     if ahead:
                         await asyncio.wait([ahead])  # A batch that is scored as a whole is scored alone.

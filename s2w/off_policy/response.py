@@ -23,7 +23,7 @@ class Response:
     text: str
     """Decoded without special tokens; think tags stay, which in Qwen3 are not special."""
     finish_reason: str
-    """vLLM's own: ``stop`` or ``length``."""
+    """vLLM's own: ``stop``, or what cut the response off (``length``; in ready datasets also ``abort``, ``error``)."""
 
     @property
     def key(self) -> Key:

@@ -8,17 +8,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from s2w.config import RolloutConfig
 from s2w.data.tasks import derive_seed
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Prompt, Rollout, VersionSpan
 from s2w.rollout.thinking import ThinkingStop
 from s2w.vllm_actor import prepare_process
 from s2w.weights.publish import ReceiveStep
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
+ATTEMPTS = 3
+"""Times that a response is asked for which vLLM aborts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +102,11 @@ class RolloutEngine:
     Args:
         config: the pool's settings.
         index: this engine's number in the pool.
-        model: path of the student's first checkpoint.
+        model: the student's first checkpoint.
         device: ``cuda`` or ``cpu``.
         dtype: of the weights and products, resolved.
         max_model_len: longest prompt plus response, in tokens.
+        vocab_size: ids of the vocabulary; rows of the head from here on are padding, which is never sampled.
         candidates: top-k ids of the student to keep for each position; 0 for none (signal ``ids`` needs them).
         stop_token_ids: end-of-sequence ids of the student's checkpoint; vLLM itself knows those of its files only.
     """
@@ -106,22 +115,25 @@ class RolloutEngine:
         self,
         config: RolloutConfig,
         index: int,
-        model: str,
+        model: ModelReference,
         device: str,
         dtype: str,
         max_model_len: int,
+        vocab_size: int,
         candidates: int,
         stop_token_ids: tuple[int, ...],
     ) -> None:
         self.config, self.index, self.candidates = config, index, candidates
-        self.stop_token_ids = stop_token_ids
+        self.stop_token_ids, self.vocab_size = stop_token_ids, vocab_size
         self.max_model_len = max_model_len
-        options = prepare_process(device, config.tensor_parallel, config.threads, config.kv_cache_gib)
+        world = config.tensor_parallel * config.pipeline_parallel
+        options = prepare_process(device, world, config.threads, config.kv_cache_gib)
 
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from s2w.vocabulary_mask import engine_option
         from s2w.weights.publish import WeightReceiver
         from s2w.weights.transfer import TRANSFERS
 
@@ -133,19 +145,22 @@ class RolloutEngine:
             options["enable_chunked_prefill"] = False
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=model,
+                model=str(model.resolve()),
                 dtype=dtype,  # type: ignore[arg-type]  # a Literal of vLLM's
                 tensor_parallel_size=config.tensor_parallel,
+                pipeline_parallel_size=config.pipeline_parallel,
                 enable_expert_parallel=config.expert_parallel,
                 max_model_len=max_model_len,
                 max_num_seqs=config.max_sequences,
                 max_num_batched_tokens=batched,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 enforce_eager=config.enforce_eager,
+                scheduling_policy="priority",  # Only probes have one; all else is first come, first served.
                 enable_prefix_caching=True,
                 max_logprobs=max(20, candidates),
                 # Log-probs of the distribution that was sampled from: after temperature, top-p and top-k.
                 logprobs_mode="processed_logprobs",
+                additional_config=engine_option(vocab_size),
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFERS[device].backend),
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
@@ -226,10 +241,7 @@ class RolloutEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        ids = np.concatenate([draft.prompt.token_ids, draft.token_ids]).tolist()
-        request = f"{draft.prompt.uid}#{draft.sample}/{next(self._requests)}"
-        [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, request)]
-        completion = output.outputs[0]
+        completion = await self._complete(draft, parameters)
         flat = completion.logprobs
         assert isinstance(flat, FlatLogprobs) and completion.weight_versions
         first = np.asarray(flat.start_indices)
@@ -241,6 +253,26 @@ class RolloutEngine:
             candidates=top,
             versions=tuple(VersionSpan(span.start, span.end, int(span.version)) for span in completion.weight_versions),
             finish_reason=str(completion.finish_reason),
+        )
+
+    async def _complete(self, draft: _Draft, parameters: SamplingParams) -> CompletionOutput:
+        """The output of a request that came to its end; asks again if vLLM gave it up half-way.
+
+        Raises:
+            RuntimeError: it gave it up :data:`ATTEMPTS` times.
+        """
+        uid = f"{draft.prompt.uid}#{draft.sample}"
+        ids = np.concatenate([draft.prompt.token_ids, draft.token_ids]).tolist()
+        for _ in range(ATTEMPTS):
+            request = f"{uid}/{next(self._requests)}"
+            [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, request)]
+            completion = output.outputs[0]
+            # Not "abort" or "error": such a response would pass for a whole one.
+            if completion.finish_reason in ("stop", "length"):
+                return completion
+        raise RuntimeError(
+            f"rollout engine {self.index} gave up the response {uid} {ATTEMPTS} times, the last with "
+            f"finish_reason={completion.finish_reason!r} after {len(completion.token_ids)} tokens"
         )
 
     async def _extend_together(self, drafts: list[_Draft]) -> None:
@@ -285,6 +317,10 @@ class RolloutEngine:
         from s2w.weights.probe import engine_log_probs
 
         return await engine_log_probs(self.llm, token_ids)
+
+    async def probed(self) -> np.ndarray:
+        """As :meth:`log_probs`, of the last swap's probe."""
+        return await self.weights.probed()
 
     async def shutdown(self) -> None:
         """Ends vLLM's processes."""

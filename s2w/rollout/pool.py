@@ -9,6 +9,7 @@ import numpy as np
 import ray
 
 from s2w.config import RolloutConfig
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Prompt, Rollout
 from s2w.rollout.engine import RolloutEngine
 from s2w.vllm_actor import actor_options, first_error
@@ -20,24 +21,27 @@ class RolloutPool:
 
     Args:
         config: the pool's settings.
-        model, device, dtype, max_model_len, candidates, stop_token_ids: see :class:`RolloutEngine`.
+        model, device, dtype, max_model_len, vocab_size, candidates, stop_token_ids: see :class:`RolloutEngine`.
     """
 
     def __init__(
         self,
         config: RolloutConfig,
         *,
-        model: str,
+        model: ModelReference,
         device: str,
         dtype: str,
         max_model_len: int,
+        vocab_size: int,
         candidates: int,
         stop_token_ids: tuple[int, ...],
     ) -> None:
         self.config = config
-        actor = ray.remote(RolloutEngine).options(**actor_options(device, config.cpus, config.tensor_parallel))
+        self.workers = config.tensor_parallel * config.pipeline_parallel
+        """Processes of each engine."""
+        actor = ray.remote(RolloutEngine).options(**actor_options(device, config.cpus, self.workers))
         self.engines: list[Any] = [
-            actor.remote(config, index, model, device, dtype, max_model_len, candidates, stop_token_ids)
+            actor.remote(config, index, model, device, dtype, max_model_len, vocab_size, candidates, stop_token_ids)
             for index in range(config.engines)
         ]
         self._load = [0] * config.engines
@@ -69,7 +73,7 @@ class RolloutPool:
 
     def weight_workers(self) -> dict[int, int]:
         """Worker processes of each engine, by its number."""
-        return dict.fromkeys(range(len(self.engines)), self.config.tensor_parallel)
+        return dict.fromkeys(range(len(self.engines)), self.workers)
 
     async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
         """One step of a swap in one engine."""
@@ -78,6 +82,10 @@ class RolloutPool:
     async def log_probs(self, token_ids: np.ndarray) -> list[np.ndarray]:
         """What each engine's weights say of the tokens, see :meth:`RolloutEngine.log_probs`."""
         return await asyncio.gather(*(engine.log_probs.remote(token_ids) for engine in self.engines))
+
+    async def probed(self) -> list[np.ndarray]:
+        """What each engine's weights say of the probe of the last swap."""
+        return await asyncio.gather(*(engine.probed.remote() for engine in self.engines))
 
     async def shutdown(self) -> None:
         """Ends the engines and their processes."""

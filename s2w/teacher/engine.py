@@ -12,6 +12,7 @@ import numpy as np
 import ray
 
 from s2w.config import TeacherConfig
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Rollout, SignalKind, TeacherSignal
 from s2w.teacher.scoring import PREFIX, as_teacher
 from s2w.teacher.signal import HiddenDtype, Payload, SignalRequest, check_finite, encode, nbytes
@@ -50,22 +51,26 @@ class TeacherEngine:
         device: ``cuda`` or ``cpu``.
         dtype: ``bfloat16``, ``float16`` or ``float32``: of weights, products and hidden rows.
         max_model_len: Longest prompt plus response, in tokens.
+        vocab_size: Ids that teacher and student share; rows of the head from here on are padding, over which nothing is
+            normalised.
     """
 
-    def __init__(self, config: TeacherConfig, index: int, device: str, dtype: str, max_model_len: int) -> None:
+    def __init__(
+        self, config: TeacherConfig, index: int, device: str, dtype: str, max_model_len: int, vocab_size: int
+    ) -> None:
         self._config = config
         self._index = index
         self._device = device
         self._dtype = dtype
         self._max_model_len = max_model_len
-        self._vocab_size = 0
+        self._vocab_size = vocab_size
         self._request_ids = itertools.count()
         self._running = 0
         self._busy_since = 0.0
         self._totals = {"busy_s": 0.0, "rollouts": 0, "rows": 0, "tokens": 0, "cached_tokens": 0, "bytes": 0}
 
     async def start(self) -> dict[str, Any]:
-        """Loads the model; returns ``architecture``, ``vocab_size``, ``hidden_size`` and ``dtype``."""
+        """Loads the model; returns ``architecture``, ``hidden_size`` and ``dtype``."""
         config = self._config
         world = config.tensor_parallel * config.pipeline_parallel
         # The workers are this actor's children: Ray has no part in placing them.
@@ -75,15 +80,17 @@ class TeacherEngine:
         from vllm.config import PoolerConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from s2w.vocabulary_mask import engine_option
+
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=config.model,
-                revision=config.revision,
+                model=str(ModelReference.of(config.model, config.revision).resolve()),
                 dtype=cast(Any, self._dtype),
                 max_model_len=self._max_model_len,
                 runner="pooling",
                 pooler_config=PoolerConfig(task="token_embed"),
                 hf_overrides=as_teacher,
+                additional_config=engine_option(self._vocab_size),
                 skip_tokenizer_init=True,
                 tensor_parallel_size=config.tensor_parallel,
                 pipeline_parallel_size=config.pipeline_parallel,
@@ -101,10 +108,8 @@ class TeacherEngine:
             )
         )
         model = self._engine.model_config
-        self._vocab_size = model.get_vocab_size()
         return {
             "architecture": model.architecture.removeprefix(PREFIX),
-            "vocab_size": self._vocab_size,
             "hidden_size": model.get_hidden_size(),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
@@ -202,7 +207,7 @@ class TeacherEngine:
     def _check_ids(self, ids: np.ndarray, rollout: Rollout, what: str) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
             raise ValueError(
-                f"{rollout.uid}: {what} from {ids.min()} to {ids.max()}, the teacher's vocabulary is {self._vocab_size}"
+                f"{rollout.uid}: {what} from {ids.min()} to {ids.max()}, the shared vocabulary is {self._vocab_size}"
             )
 
     async def _enqueue(self, job: _Job) -> None:

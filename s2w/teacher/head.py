@@ -87,8 +87,8 @@ def _fetch(model: str, revision: str | None, name: str) -> Path:
     Raises:
         FileNotFoundError: if it has no such file.
     """
-    if Path(model).is_dir():
-        return Path(model) / name
+    if (directory := Path(model).expanduser()).is_dir():
+        return directory / name
     try:
         return Path(hf_hub_download(model, name, revision=revision))
     except EntryNotFoundError as error:

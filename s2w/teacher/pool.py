@@ -80,7 +80,7 @@ class TeacherPool:
         config: The pool's settings.
         signal: What to ask for.
         temperature: Of the loss; the engines apply it (signal kinds other than ``hidden``).
-        device, dtype, max_model_len: See :class:`TeacherEngine`.
+        device, dtype, max_model_len, vocab_size: See :class:`TeacherEngine`.
     """
 
     def __init__(
@@ -92,10 +92,11 @@ class TeacherPool:
         device: str,
         dtype: str,
         max_model_len: int,
+        vocab_size: int,
     ) -> None:
         self._config = config
         self._request = SignalRequest(signal.kind.value, signal.top_k, temperature, signal.dtype.value)
-        self._arguments = (device, dtype, max_model_len)
+        self._arguments = (device, dtype, max_model_len, vocab_size)
         self._device = device
         self._dispatcher = Dispatcher(config.replicas)
         self._replicas = [_Replica(self._create(i)) for i in range(config.replicas)]

@@ -31,12 +31,16 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler.abstract import Pooler
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.tasks import PoolingTask
 from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
+
+from s2w.models.logits import float32_product
+from s2w.vocabulary_mask import vocabulary_of
 
 LOGITS_BYTES = 128 * 2**20
 """Size of the float32 [rows, vocabulary shard] buffer that a row chunk may fill."""
@@ -48,17 +52,22 @@ _PROFILING: dict[str, Any] = {"kind": "topk", "start": 0, "top_k": 64, "temperat
 class ShardedHead:
     """A causal LM's own ``compute_logits``, left sharded over the vocabulary.
 
-    Bias, soft cap and scale are the model's: only the gather of its LogitsProcessor is switched off.
+    Bias, soft cap and scale are the model's: its LogitsProcessor gathers nothing here, and multiplies in float32.
+
+    Args:
+        vocab_size: ids of the vocabulary; rows of the head from here on are padding.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int) -> None:
         processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
         if not processors:
             raise TypeError(f"{type(model).__name__} has no LogitsProcessor: it cannot be a teacher")
         for processor in processors:
             processor.forward = functools.partial(self._project, processor.forward)  # type: ignore[method-assign]
+            processor._apply_head = functools.partial(_apply_head, processor._apply_head)  # type: ignore[method-assign]
         self._compute_logits = cast(Callable[[torch.Tensor], torch.Tensor], model.compute_logits)
         self._lm_head: VocabParallelEmbedding | None = None
+        self._vocab_size = vocab_size
 
     def _project(
         self,
@@ -84,8 +93,9 @@ class ShardedHead:
 
     @property
     def stop(self) -> int:
+        """The id after the shard's last one; ``start`` where the whole shard is padding."""
         assert self._lm_head is not None
-        return self._lm_head.shard_indices.org_vocab_end_index
+        return max(self.start, min(self._lm_head.shard_indices.org_vocab_end_index, self._vocab_size))
 
     def gather(self, columns: torch.Tensor) -> torch.Tensor:
         """[rows, w] of each rank to [rows, ranks, w]."""
@@ -93,6 +103,20 @@ class ShardedHead:
         ranks = self._lm_head.tp_size
         gathered = tensor_model_parallel_all_gather(columns, dim=-1) if ranks > 1 else columns
         return gathered.view(len(columns), ranks, -1)
+
+
+def _apply_head(
+    apply_head: Callable[..., torch.Tensor],
+    lm_head: VocabParallelEmbedding,
+    hidden_states: torch.Tensor,
+    embedding_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The head's product, in float32 unless the head is quantised; vLLM's own is in the model's dtype."""
+    quantised = not isinstance(lm_head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+    if quantised or hidden_states.dtype == torch.float32:
+        return apply_head(lm_head, hidden_states, embedding_bias)
+    logits = float32_product(hidden_states, cast(torch.Tensor, lm_head.weight))
+    return logits if embedding_bias is None else logits + embedding_bias
 
 
 def top_log_probs(
@@ -146,8 +170,9 @@ class TeacherPooler(Pooler):
 
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         super().__init__()
-        self._head = ShardedHead(model)
-        shard = vllm_config.model_config.get_vocab_size() / vllm_config.parallel_config.tensor_parallel_size
+        rows = vllm_config.model_config.get_vocab_size()
+        self._head = ShardedHead(model, vocabulary_of(vllm_config) or rows)
+        shard = rows / vllm_config.parallel_config.tensor_parallel_size
         self._chunk_rows = max(1, int(LOGITS_BYTES / (4 * shard)))
 
     def get_supported_tasks(self) -> Set[PoolingTask]:

@@ -90,9 +90,10 @@ class Teachers:
         config: of the run.
         device: cuda or cpu.
         max_model_len: longest prompt plus response, where a teacher's own settings do not say.
+        vocab_size: ids that the student and every teacher share.
     """
 
-    def __init__(self, config: Config, device: str, max_model_len: int) -> None:
+    def __init__(self, config: Config, device: str, max_model_len: int, vocab_size: int) -> None:
         self._routes = routes(config)
         self._pools: dict[str, TeacherPool] = {}
         self._first: dict[str, int] = {}
@@ -105,6 +106,7 @@ class Teachers:
                 device=device,
                 dtype=resolve_dtype(settings.dtype, device),
                 max_model_len=settings.max_model_len or max_model_len,
+                vocab_size=vocab_size,
             )
             self._first[name] = replicas
             replicas += settings.replicas

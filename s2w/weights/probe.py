@@ -16,8 +16,11 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
 
 
+PROBE_PRIORITY = -1
+"""Before that of other requests, 0, in engines that schedule by priority."""
 STALE = 0.1
 """An engine this much nearer to the old weights than the update moved them has not taken the update."""
 
@@ -40,14 +43,34 @@ async def engine_log_probs(llm: AsyncLLM, token_ids: np.ndarray) -> np.ndarray:
     Returns:
         float32 [n-1], in nats. Computed afresh: vLLM does not read its prefix cache for prompt log-probs.
     """
-    from vllm import SamplingParams
+    return await (await EngineProbe.enqueue(llm, token_ids)).result()
 
-    ids = [int(token) for token in token_ids]
-    parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    stream = llm.generate({"prompt_token_ids": ids}, parameters, f"probe-{uuid4()}")
-    output: Any = [output async for output in stream][-1]
-    values = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
-    return np.array(values, dtype=np.float32)
+
+@dataclass(frozen=True, slots=True)
+class EngineProbe:
+    """A probe that waits in an engine, before all requests that are not running yet."""
+
+    token_ids: list[int]
+    output: RequestOutputCollector
+
+    @classmethod
+    async def enqueue(cls, llm: AsyncLLM, token_ids: np.ndarray) -> EngineProbe:
+        """Hands ``token_ids`` (int32 [n]) to the engine, which may be paused."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = [int(token) for token in token_ids]
+        parameters = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        request = {"prompt_token_ids": ids}
+        return cls(ids, await llm.add_request(f"probe-{uuid4()}", request, parameters, priority=PROBE_PRIORITY))  # type: ignore[arg-type]
+
+    async def result(self) -> np.ndarray:
+        """As of :func:`engine_log_probs`."""
+        output: Any = await self.output.get()
+        values = [output.prompt_logprobs[i][token].logprob for i, token in enumerate(self.token_ids) if i]
+        return np.array(values, dtype=np.float32)
 
 
 @torch.no_grad()

@@ -14,6 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+
+from s2w.weights.probe import EngineProbe
+
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -52,6 +56,7 @@ class WeightReceiver:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self.llm = llm
+        self._probe: EngineProbe | None = None
 
     async def init(self, info: dict[str, Any]) -> None:
         """Connects to the learner; ``info`` is the backend's ``init_info``."""
@@ -87,13 +92,26 @@ class WeightReceiver:
                 await self.llm.finish_weight_update()
             raise
 
-    async def finish(self, version: int) -> None:
-        """Makes the loaded weights policy ``version``: tokens sampled from here on carry it."""
+    async def finish(self, version: int, probe_ids: np.ndarray | None) -> None:
+        """Makes the loaded weights policy ``version``: tokens sampled from here on carry it.
+
+        Args:
+            probe_ids: tokens of a probe, which is the first request that the new weights compute.
+        """
         await self.llm.finish_weight_update(weight_version=str(version))
+        if probe_ids is not None:
+            # Now, since the paused engine has taken all requests off its slots: once it runs they may be full of
+            # responses for minutes.
+            self._probe = await EngineProbe.enqueue(self.llm, probe_ids)
 
     async def resume(self) -> None:
         """Lets requests go on."""
         await self.llm.resume_generation()
+
+    async def probed(self) -> np.ndarray:
+        """Log-probs of the last swap's probe, see :func:`s2w.weights.probe.engine_log_probs`."""
+        assert self._probe is not None
+        return await self._probe.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +145,18 @@ class SwapError(RuntimeError):
         super().__init__(f"swap to version {version} failed to {step}: {reasons}")
 
 
-async def publish(learner: WeightSource, pool: WeightSink, version: int, timeout_s: float = 600.0) -> SwapReport:
+async def publish(
+    learner: WeightSource,
+    pool: WeightSink,
+    version: int,
+    probe_ids: np.ndarray | None = None,
+    timeout_s: float = 600.0,
+) -> SwapReport:
     """Puts the learner's weights into every engine of the pool as policy ``version``.
 
     Args:
+        probe_ids: int32 [n], tokens whose log-probs each engine computes before any other request; to be had from
+            :meth:`WeightReceiver.probed`.
         timeout_s: of each step; a peer that died inside a broadcast shows in no other way.
 
     Raises:
@@ -151,7 +177,7 @@ async def publish(learner: WeightSource, pool: WeightSink, version: int, timeout
     async def load(engine: int) -> None:
         nonlocal loaded
         await sink(engine, "update", update.info)
-        await sink(engine, "finish", version)
+        await sink(engine, "finish", version, probe_ids)
         loaded = max(loaded, time.perf_counter())
         await sink(engine, "resume")
 

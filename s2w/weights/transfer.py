@@ -97,14 +97,16 @@ class NcclTransfer(Transfer):
 
     backend = "nccl"
     _engine: NCCLTrainerWeightTransferEngine | None = None
+    _connected: dict[int, int] | None = None
+    """Engines that the communicator spans; None until it has carried a swap."""
     _workers: dict[int, int] | None = None
-    """Engines that the communicator spans."""
+    """Engines of the swap under way."""
     _address: tuple[str, int] | None = None
 
     def prepare(self, workers: dict[int, int]) -> Update | None:
         if self.rank != 0:
             return None
-        connect = {} if workers == self._workers else self._plan(workers)
+        connect = {} if workers == self._connected else self._plan(workers)
         metadata = self.stream.metadata()
         info = {
             "names": [tensor.name for tensor in metadata],
@@ -118,6 +120,7 @@ class NcclTransfer(Transfer):
         from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
         from vllm.utils.network_utils import get_ip, get_open_port
 
+        self._connected = None
         self._workers, self._address = dict(workers), (get_ip(), get_open_port())
         plans, offset = {}, 1
         for engine, count in workers.items():
@@ -156,12 +159,11 @@ class NcclTransfer(Transfer):
             self.stream.drain()
             return
         assert self._engine is not None
-        try:
-            self._engine.send_weights()
-        except BaseException:
-            # The communicator is unusable after a broken broadcast: the next swap makes another.
-            self._workers = None
-            raise
+        # A meeting that failed on either side, and a broken broadcast, leave a communicator that is of no use: the next
+        # swap makes another.
+        self._connected = None
+        self._engine.send_weights()
+        self._connected = self._workers
 
 
 class _NoClient:
