@@ -195,7 +195,7 @@ def test_every_kind_matches_transformers_in_bfloat16_with_a_logit_scale(tmp_path
         # bfloat16 keeps 8 bits: 0.4% of weights, of each layer's output and of the logits.
         check_against_reference(actor, tmp_path, 0.05)
         # The logits themselves are float32: log-probs of one engine from the hidden states of the same step.
-        rollout, weight = make_rollout(9, 30, 20), load_head(str(tmp_path)).weight[:VOCAB]
+        rollout, weight = make_rollout(9, 30, 20), load_head(str(tmp_path)).weight[:VOCAB].bfloat16()
         hidden, topk = (
             arrays(ray.get(actor.score_batch.remote([rollout], request))[0])
             for request in (SignalRequest("hidden"), SignalRequest("topk", VOCAB))
