@@ -222,17 +222,20 @@ def test_a_response_that_an_engine_gives_up_is_sampled_again(
 
     def abort(engine: Any) -> int:
         requests = list(engine.llm.output_processor.request_states)
-        engine.aborting = asyncio.ensure_future(engine.llm.abort(requests, internal=True))
+        loop = engine.llm.output_handler.get_loop()
+        engine.aborting = asyncio.run_coroutine_threadsafe(engine.llm.abort(requests, internal=True), loop)
         return len(requests)
 
     async def generate(aborts: int) -> Rollout:
         """With so many requests given up one after the other, before they have begun."""
         await pool.receive_weights(0, "pause")
-        call = asyncio.ensure_future(engine.generate.remote(prompt, 0))
-        for _ in range(aborts):
-            while not await engine.__ray_call__.remote(abort):
-                await asyncio.sleep(0.01)
-        await pool.receive_weights(0, "resume")
+        try:
+            call = asyncio.ensure_future(engine.generate.remote(prompt, 0))
+            for _ in range(aborts):
+                while not await engine.__ray_call__.remote(abort):
+                    await asyncio.sleep(0.01)
+        finally:
+            await pool.receive_weights(0, "resume")
         return await call
 
     expected, again = (loop.run_until_complete(generate(aborts)) for aborts in (0, ATTEMPTS - 1))
