@@ -39,11 +39,12 @@ def run(*command: str | Path, cwd: Path, environment: dict[str, str] | None = No
 
 
 def locked(lock: str) -> dict[str, str]:
+    """Versions by package of locks/LOCK.txt."""
     return pins((ROOT / "locks" / f"{lock}.txt").read_text())
 
 
 def pins(text: str) -> dict[str, str]:
-    """Versions by package of a lock, without the local part (+cpu), which the package index does not have."""
+    """Versions by package, without the local part (+cpu), which the package index does not have."""
     return dict(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE))
 
 
@@ -51,16 +52,8 @@ def resolve(lock: str, python: str, directory: Path) -> dict[str, str]:
     """What pyproject.toml resolves to where only the lock's versions may be taken: metadata, no downloads."""
     constraints = directory / f"{lock}-{python}.txt"
     constraints.write_text("".join(f"{package}=={version}\n" for package, version in locked(lock).items()))
-    options = (
-        "--quiet",
-        "--config-file",
-        f"locks/{lock}.toml",
-        "--constraint",
-        constraints,
-        "--python-version",
-        python,
-    )
-    return pins(run(UV, "pip", "compile", *options, "pyproject.toml", cwd=ROOT))
+    options = ("--quiet", "--python-version", python, "--constraint", constraints)
+    return pins(run(UV, "pip", "compile", *options, "--config-file", f"locks/{lock}.toml", "pyproject.toml", cwd=ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -134,18 +127,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    run(
-        UV,
-        "build",
-        "--quiet",
-        "--python",
-        sys.executable,
-        "--no-build-isolation",
-        "-o",
-        directory,
-        source,
-        cwd=directory,
-    )
+    options = ("--quiet", "--python", sys.executable, "--no-build-isolation", "--out-dir", directory)
+    run(UV, "build", *options, source, cwd=directory)
     return next(directory.glob("*.whl"))
 
 
@@ -157,7 +140,9 @@ def tracked(*where: str) -> list[str]:
 
 def test_wheel_has_every_file(wheel: Path) -> None:
     expected = {name if name.startswith("s2w/") else f"s2w/{name}" for name in tracked("s2w", "configs")}
-    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    missing, surplus = sorted(expected - packed), sorted(packed - expected)
+    assert not missing and not surplus, "packages and package-data of pyproject.toml"
 
 
 @pytest.fixture(scope="module")
