@@ -7,13 +7,18 @@ from typing import Any
 
 
 def register() -> None:
-    """Registers the mask of the vocabulary, the teacher's scoring models and the weight transfer; idempotent."""
+    """Registers the mask of the vocabulary, the teacher's scoring models and the weight transfer; idempotent.
+
+    Engine cores and workers end with the process that started them: vLLM ends them only if that one still can.
+    """
     from vllm.platforms import current_platform
 
     from s2w import vocabulary_mask
+    from s2w.orphans import die_with_parent
     from s2w.teacher import scoring
     from s2w.weights import shm
 
+    die_with_parent()
     vocabulary_mask.register()
     scoring.register()
     shm.register()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
 from transformers import PreTrainedTokenizerBase
 
-from s2w.data.verifier_process import VerifierProcess
+from s2w.data.verifier_process import VerifierClosedError, VerifierProcess
 from s2w.modes import obeys, opens_thinking, split_thinking
 from s2w.records import Mode, Rollout
 
@@ -42,12 +43,15 @@ class Grader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._opened = tokenizer, opens_thinking(tokenizer)
         self._verifier: VerifierProcess | None = None
+        self._closed = False
+        self._changing = threading.Lock()
 
     def grade(self, rollouts: Iterable[Rollout]) -> list[Graded]:
         """Grades in order. Not for use from several threads at once.
 
         Raises:
             ConfigError: a problem's verifier has no answer to compare with.
+            VerifierClosedError: :meth:`close` was called meanwhile.
         """
         return [self._grade(rollout) for rollout in rollouts]
 
@@ -60,8 +64,7 @@ class Grader:
         response = split_thinking(self.text(rollout), prompt.mode, opened=self._opened and prompt.mode == "think")
         correct = None
         if prompt.task:
-            self._verifier = self._verifier or VerifierProcess()
-            correct = self._verifier.verify(prompt, response.answer) == 1.0
+            correct = self._started_verifier().verify(prompt, response.answer) == 1.0
         return Graded(
             uid=prompt.uid,
             task=prompt.task,
@@ -73,11 +76,20 @@ class Grader:
             tokens=len(rollout.token_ids),
         )
 
+    def _started_verifier(self) -> VerifierProcess:
+        with self._changing:
+            if self._closed:
+                raise VerifierClosedError("the grader has been closed")
+            if self._verifier is None:
+                self._verifier = VerifierProcess()
+            return self._verifier
+
     def close(self) -> None:
-        """Ends the child process."""
-        if self._verifier is not None:
-            self._verifier.close()
-            self._verifier = None
+        """Ends the child process, for good; grading that goes on in a thread ends with an error."""
+        with self._changing:
+            self._closed = True
+            if self._verifier is not None:
+                self._verifier.close()
 
     def __enter__(self) -> Grader:
         return self
