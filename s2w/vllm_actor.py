@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
+from s2w.failures import EngineDiedError, reason
 from s2w.hardware import core_count, cpu_environment
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 CONCURRENT_CALLS = 10_000
 """Calls that may wait inside one asyncio actor; vLLM's scheduler does the real queueing."""
+
+
+SHUTDOWN_S = 10
+"""How long an actor may take to end its engine before it is killed."""
 
 
 def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
@@ -56,6 +68,44 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
     return {"distributed_executor_backend": IN_ENGINE_CORE}
 
 
+def fail_with_engine_core(llm: AsyncLLM) -> None:
+    """Ends what waits for the engine core of ``llm`` when its process ends; call it in the actor's event loop.
+
+    vLLM itself fails the requests alone: a pause or a step of a weight update would wait for ever.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    client, loop = cast(Any, llm.engine_core), asyncio.get_running_loop()
+
+    def fail(process: BaseProcess) -> None:
+        loop.remove_reader(process.sentinel)
+        for answer in client.utility_results.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
+
+    for process in client.resources.engine_manager.processes:
+        loop.add_reader(process.sentinel, fail, process)
+
+
+@contextmanager
+def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
+    """Raises :class:`EngineDiedError` where vLLM says no more than that the engine is dead."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        ends = []
+        for process in cast(Any, llm.engine_core).resources.engine_manager.processes:
+            process.join(1)
+            if code := process.exitcode:
+                how = (
+                    f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
+                )
+                ends.append(f"its {process.name} process {process.pid} {how}")
+        raise EngineDiedError(", ".join(ends) or str(error)) from error
+
+
 async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -> list[Any]:
     """Results of the start-up calls of all actors of a pool.
 
@@ -63,10 +113,15 @@ async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -
         RuntimeError: names the first actor that failed, or how many were not up in ``timeout_s`` seconds.
     """
     tasks = [asyncio.ensure_future(as_future(call)) for call in calls]
-    done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    try:
+        done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()  # Those that have not come to an end.
     for index, task in enumerate(tasks):
         if task in done and (error := task.exception()):
-            raise RuntimeError(f"{what} {index} did not start: {error}") from error
+            who = f"{what} {index}"
+            raise RuntimeError(f"{who} did not start: {reason(error, who)}") from error
     if waiting:
         raise RuntimeError(
             f"{len(waiting)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s: "

@@ -18,7 +18,7 @@ from s2w.data.tasks import derive_seed
 from s2w.models.checkpoint import ModelReference
 from s2w.records import Prompt, Rollout, VersionSpan
 from s2w.rollout.thinking import ThinkingStop
-from s2w.vllm_actor import prepare_process
+from s2w.vllm_actor import fail_with_engine_core, prepare_process, telling_engine_death
 from s2w.weights.publish import ReceiveStep
 
 if TYPE_CHECKING:
@@ -172,7 +172,9 @@ class RolloutEngine:
 
     async def start(self, version: int) -> None:
         """Marks the loaded weights as policy ``version``; returns when the engine takes requests."""
-        await self.llm.update_weight_version(str(version))
+        fail_with_engine_core(self.llm)
+        with telling_engine_death(self.llm):
+            await self.llm.update_weight_version(str(version))
 
     @cached_property
     def thinking_stop(self) -> ThinkingStop:
@@ -187,17 +189,19 @@ class RolloutEngine:
                 None takes the pool's setting. One that leaves no room for an answer does nothing.
         """
         draft = self._draft(prompt, sample, thinking_budget)
-        await self._extend(draft)
-        if draft.unfinished:
+        with telling_engine_death(self.llm):
             await self._extend(draft)
+            if draft.unfinished:
+                await self._extend(draft)
         return self._rollout(draft)
 
     async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
         """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run."""
         drafts = [self._draft(prompt, sample, None) for prompt, sample in requests]
-        await self._extend_together(drafts)
-        if unfinished := [draft for draft in drafts if draft.unfinished]:
-            await self._extend_together(unfinished)
+        with telling_engine_death(self.llm):
+            await self._extend_together(drafts)
+            if unfinished := [draft for draft in drafts if draft.unfinished]:
+                await self._extend_together(unfinished)
         return [self._rollout(draft) for draft in drafts]
 
     def _draft(self, prompt: Prompt, sample: int, thinking_budget: int | None) -> _Draft:
@@ -310,13 +314,15 @@ class RolloutEngine:
 
     async def receive_weights(self, step: ReceiveStep, *args: Any) -> None:
         """One step of a swap, see :class:`s2w.weights.publish.WeightReceiver`."""
-        await getattr(self.weights, step)(*args)
+        with telling_engine_death(self.llm):
+            await getattr(self.weights, step)(*args)
 
     async def log_probs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 [n - 1]: what the engine's weights say of each of the n tokens but the first, in nats."""
         from s2w.weights.probe import engine_log_probs
 
-        return await engine_log_probs(self.llm, token_ids)
+        with telling_engine_death(self.llm):
+            return await engine_log_probs(self.llm, token_ids)
 
     async def probed(self) -> np.ndarray:
         """As :meth:`log_probs`, of the last swap's probe."""

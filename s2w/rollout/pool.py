@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import ray
 
 from s2w.config import RolloutConfig
+from s2w.failures import answer
 from s2w.models.checkpoint import ModelReference
 from s2w.records import Prompt, Rollout
 from s2w.rollout.engine import RolloutEngine
-from s2w.vllm_actor import actor_options, first_error
+from s2w.vllm_actor import SHUTDOWN_S, actor_options, as_future, first_error
 from s2w.weights.publish import ReceiveStep
 
 
@@ -45,6 +47,7 @@ class RolloutPool:
             for index in range(config.engines)
         ]
         self._load = [0] * config.engines
+        self._up = False
 
     async def start(self, version: int, timeout_s: float) -> None:
         """Waits until every engine takes requests.
@@ -53,22 +56,22 @@ class RolloutPool:
             RuntimeError: an engine could not be placed or could not load its model.
         """
         await first_error("rollout engine", [engine.start.remote(version) for engine in self.engines], timeout_s)
+        self._up = True
 
     async def generate(self, prompt: Prompt, sample: int, thinking_budget: int | None = None) -> Rollout:
         """One response, from the engine with the least to do; see :meth:`RolloutEngine.generate`."""
         index = min(range(len(self.engines)), key=self._load.__getitem__)
         self._load[index] += 1
         try:
-            return await self.engines[index].generate.remote(prompt, sample, thinking_budget)
+            return await answer(_name(index), self.engines[index].generate.remote(prompt, sample, thinking_budget))
         finally:
             self._load[index] -= 1
 
     async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
         """The responses in the order of ``requests``, bit for bit the same in every run with the same weights."""
         count = len(self.engines)
-        shares = await asyncio.gather(
-            *(engine.generate_batch.remote(requests[i::count]) for i, engine in enumerate(self.engines))
-        )
+        calls = [engine.generate_batch.remote(requests[i::count]) for i, engine in enumerate(self.engines)]
+        shares = await asyncio.gather(*(answer(_name(i), call) for i, call in enumerate(calls)))
         return [shares[i % count][i // count] for i in range(len(requests))]
 
     def weight_workers(self) -> dict[int, int]:
@@ -81,14 +84,24 @@ class RolloutPool:
 
     async def log_probs(self, token_ids: np.ndarray) -> list[np.ndarray]:
         """What each engine's weights say of the tokens, see :meth:`RolloutEngine.log_probs`."""
-        return await asyncio.gather(*(engine.log_probs.remote(token_ids) for engine in self.engines))
+        calls = [answer(_name(i), engine.log_probs.remote(token_ids)) for i, engine in enumerate(self.engines)]
+        return await asyncio.gather(*calls)
 
     async def probed(self) -> list[np.ndarray]:
         """What each engine's weights say of the probe of the last swap."""
-        return await asyncio.gather(*(engine.probed.remote() for engine in self.engines))
+        calls = [answer(_name(i), engine.probed.remote()) for i, engine in enumerate(self.engines)]
+        return await asyncio.gather(*calls)
 
     async def shutdown(self) -> None:
-        """Ends the engines and their processes."""
-        await asyncio.gather(*(engine.shutdown.remote() for engine in self.engines), return_exceptions=True)
+        """Ends the engines and their processes: those that have not started, or do not answer, by force."""
+        if self._up:
+            calls = [as_future(engine.shutdown.remote()) for engine in self.engines]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SHUTDOWN_S):
+                    await asyncio.gather(*calls, return_exceptions=True)
         for engine in self.engines:
             ray.kill(engine)
+
+
+def _name(engine: int) -> str:
+    return f"rollout engine {engine}"

@@ -16,15 +16,11 @@ from s2w.models.checkpoint import ModelReference
 from s2w.records import Rollout, SignalKind, TeacherSignal
 from s2w.teacher.scoring import PREFIX, as_teacher
 from s2w.teacher.signal import HiddenDtype, Payload, SignalRequest, check_finite, encode, nbytes
-from s2w.vllm_actor import prepare_process
+from s2w.vllm_actor import fail_with_engine_core, prepare_process, telling_engine_death
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, PoolingRequestOutput
     from vllm.v1.engine.output_processor import RequestOutputCollector
-
-
-class TeacherEngineDiedError(RuntimeError):
-    """The engine's processes are gone; its actor cannot score any more."""
 
 
 @dataclass
@@ -107,6 +103,7 @@ class TeacherEngine:
                 **options,
             )
         )
+        fail_with_engine_core(self._engine)
         model = self._engine.model_config
         return {
             "architecture": model.architecture.removeprefix(PREFIX),
@@ -122,7 +119,7 @@ class TeacherEngine:
         Raises:
             ValueError: for an empty response, ids outside of the vocabulary, or too long an input.
             FloatingPointError: if a signal other than ``hidden`` is not finite.
-            TeacherEngineDiedError: if the engine is gone.
+            EngineDiedError: if the engine is gone.
         """
         job = await self._prepare(rollout, request)
         await self._enqueue(job)
@@ -150,11 +147,13 @@ class TeacherEngine:
 
     async def pause(self) -> None:
         """Stops scheduling and empties the prefix cache; requests that arrive wait for :meth:`resume`."""
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        with telling_engine_death(self._engine):
+            await self._engine.pause_generation(mode="keep", clear_cache=True)
 
     async def resume(self) -> None:
         """Schedules what waits, in its order of arrival."""
-        await self._engine.resume_generation()
+        with telling_engine_death(self._engine):
+            await self._engine.resume_generation()
 
     async def stats(self) -> dict[str, float]:
         """Totals since the start.
@@ -212,31 +211,24 @@ class TeacherEngine:
 
     async def _enqueue(self, job: _Job) -> None:
         """Adds the request to the engine, behind those that were added before."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         job.started = time.time()
         request_id = f"{job.rollout.uid}-{next(self._request_ids)}"
-        try:
+        with telling_engine_death(self._engine):
             job.collector = await self._engine.add_request(request_id, {"prompt_token_ids": job.input_ids}, job.params)
-        except EngineDeadError as error:
-            raise TeacherEngineDiedError(f"teacher {self._index}: {error}") from error
 
     async def _finish(self, job: _Job) -> TeacherSignal:
         """Waits for the rows of an enqueued request and stores them."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         collector = job.collector
         assert collector is not None
         if not self._running:
             self._busy_since = time.perf_counter()
         self._running += 1
         try:
-            output = cast("PoolingRequestOutput", await collector.get())
+            with telling_engine_death(self._engine):
+                output = cast("PoolingRequestOutput", await collector.get())
         except asyncio.CancelledError:
             await self._engine.abort(collector.request_id, internal=True)
             raise
-        except EngineDeadError as error:
-            raise TeacherEngineDiedError(f"teacher {self._index}: {error}") from error
         finally:
             self._running -= 1
             if not self._running:

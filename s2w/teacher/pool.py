@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
 
 from s2w.config import SignalConfig, TeacherConfig
+from s2w.failures import PROCESS_DEATHS, reason
 from s2w.records import Rollout, TeacherSignal
-from s2w.teacher.engine import TeacherEngine, TeacherEngineDiedError
+from s2w.teacher.engine import TeacherEngine
 from s2w.teacher.signal import SignalRequest
-from s2w.vllm_actor import actor_options, as_future, first_error
+from s2w.vllm_actor import SHUTDOWN_S, actor_options, as_future, first_error
 
 REMEMBERED_PROMPTS = 100_000
 """Prompts whose replica is remembered; older ones have left the prefix caches."""
 ATTEMPTS = 3
 """Engines that may die under one rollout before it fails: it may be what kills them."""
-SHUTDOWN_S = 30
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +173,7 @@ class TeacherPool:
         for task in replacements:
             task.cancel()
         await asyncio.gather(*replacements, return_exceptions=True)
-        await asyncio.gather(*(self._end(replica.actor) for replica in self._replicas))
+        await asyncio.gather(*(self._end(replica) for replica in self._replicas))
 
     def _create(self, index: int) -> Any:
         config = self._config
@@ -195,7 +194,7 @@ class TeacherPool:
         except asyncio.CancelledError:
             ray.cancel(call)
             raise
-        except (RayActorError, TeacherEngineDiedError) as error:
+        except PROCESS_DEATHS as error:
             self._replace(index, actor, error)
             raise EngineLostError from error
 
@@ -205,7 +204,8 @@ class TeacherPool:
             running = [replica.replacement for replica in self._replicas if replica.replacement]
             running = [task for task in running if not task.done()]
             if not running:
-                raise RuntimeError("no teacher engine is left") from self._replicas[0].error
+                why = self._replicas[0].error or RuntimeError("none has started")
+                raise RuntimeError(f"no teacher engine is left: {reason(why)}") from why
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         return alive
 
@@ -214,34 +214,36 @@ class TeacherPool:
         if not replica.up and replica.replacement:
             await asyncio.wait([replica.replacement])
         if not replica.up:
-            raise RuntimeError(f"teacher {index} is lost") from replica.error
+            why = reason(replica.error) if replica.error else "it never started"
+            raise RuntimeError(f"teacher {index} is lost: {why}") from replica.error
 
     def _replace(self, index: int, actor: Any, error: Exception) -> None:
         """Starts a new actor in the place of the dead ``actor``, in the background."""
         replica = self._replicas[index]
         if replica.actor is not actor or not replica.up:
             return  # another rollout has found it dead before
-        logger.warning("teacher %d died and is replaced: %s", index, error)
+        logger.warning("teacher %d died and is replaced: %s", index, reason(error, f"teacher {index}"))
         replica.up = False
         self._dispatcher.forget(index)
         replica.replacement = asyncio.create_task(self._restart(index))
 
     async def _restart(self, index: int) -> None:
         replica = self._replicas[index]
-        await self._end(replica.actor)
+        await self._end(replica)
         replica.actor = self._create(index)
         try:
             await first_error("teacher", [replica.actor.start.remote()], self._timeout_s)
         except RuntimeError as error:
-            logger.error("teacher %d could not be replaced: %s", index, error)
+            logger.error("teacher %d could not be replaced: %s", index, reason(error))
             replica.error = error
         else:
             replica.up = True
 
-    async def _end(self, actor: Any) -> None:
-        """Ends an engine, dead or alive; the kill frees what a stuck one holds."""
-        try:
-            await asyncio.wait_for(as_future(actor.shutdown.remote()), SHUTDOWN_S)
-        except Exception as error:
-            logger.debug("teacher did not shut down by itself: %s", error)
-        ray.kill(actor)
+    async def _end(self, replica: _Replica) -> None:
+        """Ends an engine, dead or alive; the kill frees what one holds that has not started, or is stuck."""
+        if replica.up:
+            try:
+                await asyncio.wait_for(as_future(replica.actor.shutdown.remote()), SHUTDOWN_S)
+            except Exception as error:
+                logger.debug("teacher did not shut down by itself: %s", error)
+        ray.kill(replica.actor)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from s2w.failures import reason
 from s2w.weights.probe import EngineProbe
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class SwapError(RuntimeError):
 
     def __init__(self, version: int, step: str, engines: dict[int, BaseException]) -> None:
         self.engines = engines
-        reasons = "; ".join(f"engine {engine}: {error}" for engine, error in engines.items())
+        reasons = "; ".join(f"engine {engine}: {reason(error)}" for engine, error in engines.items())
         super().__init__(f"swap to version {version} failed to {step}: {reasons}")
 
 
@@ -169,10 +170,16 @@ async def publish(
     loaded = began
 
     async def source(step: SendStep, *args: Any) -> Any:
-        return await asyncio.wait_for(learner.send_weights(step, *args), timeout_s)
+        return await in_time(f"the learner did not {step}", learner.send_weights(step, *args))
 
     async def sink(engine: int, step: ReceiveStep, *args: Any) -> None:
-        await asyncio.wait_for(pool.receive_weights(engine, step, *args), timeout_s)
+        await in_time(f"it did not {step}", pool.receive_weights(engine, step, *args))
+
+    async def in_time(what: str, work: Awaitable[Any]) -> Any:
+        try:
+            return await asyncio.wait_for(work, timeout_s)
+        except TimeoutError:
+            raise TimeoutError(f"{what} within {timeout_s:g} s") from None
 
     async def load(engine: int) -> None:
         nonlocal loaded
