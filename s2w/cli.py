@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s2w.errors import ConfigError, PreflightError
+from s2w.errors import ConfigError, PreflightError, RunError
+from s2w.stopping import INTERRUPTED, handling_stop_signals
 
 if TYPE_CHECKING:
     from s2w.compose import Root
@@ -35,6 +37,9 @@ OVERRIDE is Hydra's: a group (experiment=smollm2, teacher=qwen3_32b) or a settin
   --config-dir DIR           looks for groups in DIR too
   --cfg                      prints the resolved configuration and does nothing else
 
+SIGINT (Ctrl-C) or SIGTERM, in the background too, ends a run after the update or save under way, saves, and exits with
+130; a second one ends it at once, and the last checkpoint stands. run.resume=true continues.
+
 examples:
   s2w train experiment=smollm2 rollout.engines=2
   s2w train teacher.model=Qwen/Qwen3-32B student.model=Qwen/Qwen3-4B data.path=prompts.jsonl
@@ -44,7 +49,8 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 0 when it did its work, 1 when a run failed, 2 when the input is bad."""
+    """Runs the command; 0 when it did its work, 1 when a run failed, 2 when the input is bad, 130 when it was
+    interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -54,11 +60,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command}: the commands are {', '.join(commands)}")
-        return commands[command](rest)
+        # SIGTERM as SIGINT, also where a shell has had SIGINT ignored; a run has handlers of its own.
+        with handling_stop_signals(signal.default_int_handler):
+            return commands[command](rest)
+    except KeyboardInterrupt:
+        print("s2w: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except ConfigError as error:
         print(f"s2w: {error}", file=sys.stderr)
         return 2
-    except PreflightError as error:
+    except (PreflightError, RunError) as error:
         print(f"s2w: {error}", file=sys.stderr)
         return 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,16 +22,21 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
         ``cuda`` or ``cpu``, and the cluster's resources by name.
 
     Raises:
-        ConfigError: cuda is asked for and the cluster has none.
+        ConfigError: no cluster answers, or cuda is asked for and the cluster has none.
     """
     # Ray says at every start that its default, a token, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_default)
-    ray.init(
-        address=cluster.address,
-        include_dashboard=False if cluster.address is None and "RAY_ADDRESS" not in os.environ else None,
-        log_to_driver=cluster.log_to_driver,
-        logging_level=logging.WARNING,
-    )
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=cluster.address,
+            include_dashboard=False if cluster.address is None and "RAY_ADDRESS" not in os.environ else None,
+            log_to_driver=cluster.log_to_driver,
+            logging_level=logging.WARNING,
+        )
+    except ConnectionError as error:
+        raise ConfigError(f"cluster.address={cluster.address}: {' '.join(str(error).split())}") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has its own handler, which ends this process.
     try:
         resources = ray.cluster_resources()
         yield _device(cluster, resources), resources

@@ -26,17 +26,20 @@ from s2w.observe.step_report import StepReporter
 from s2w.off_policy.batches import ResponseStream
 from s2w.records import Heldout, Prompt, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
+from s2w.stopping import uninterrupted
 from s2w.teacher.routing import Teachers
 from s2w.weights.probe import ProbeResult, compare
 from s2w.weights.publish import SwapReport, publish
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch under way, and where the prompt stream stands once it is learned."""
+    """What one update trains on."""
 
-    samples: asyncio.Task[tuple[list[Scored], list[Graded]]]
+    samples: list[Scored]
+    graded: list[Graded]
     position: dict[str, Any]
+    """Where the prompt stream stands after this batch."""
 
 
 class Controller:
@@ -95,29 +98,18 @@ class Controller:
         self.grading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Does the steps that are left; saves after the last."""
-        ahead: deque[Batch] = deque()
+        """Does the steps that are left; saves after the last, and what there is if it is cancelled or fails."""
+        ahead: deque[asyncio.Task[Batch]] = deque()
         try:
             await self.swap()
-            if not self.recorder.evaluations():
+            if self.evaluation_is_due():
                 await self.evaluate()
             while self.step < self.loop.steps:
                 self.reporter.begin()
                 while len(ahead) <= self.loop.max_staleness and self.step + len(ahead) < self.loop.steps:
                     ahead.append(self.launch(self.step + len(ahead)))
-                batch = ahead.popleft()
-                samples, graded = await batch.samples
-                learning = time.time()
-                update = await self.learner.step(samples, self.step)
-                self.step, self.position = self.step + 1, batch.position
-                swapping = time.time()
-                swap, probe = await self.swap()
-                report = self.reporter.finish(self.step, samples, graded, update, swap, probe, learning, swapping)
-                self.recorder.step(report)
-                self.progress.step(report)
-                if update.skipped:
-                    self.progress.say(update.skipped)
-                if due(self.step, self.loop.eval_every) or self.step == self.loop.steps:
+                await self.train_on(await ahead.popleft())
+                if self.evaluation_is_due():
                     await self.evaluate()
                 if due(self.step, self.loop.checkpoint_every) or self.step == self.loop.steps:
                     await self.saver.save(self.step, self.state)
@@ -126,26 +118,42 @@ class Controller:
             raise
         finally:
             for batch in ahead:
-                batch.samples.cancel()
+                batch.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
 
-    def launch(self, number: int) -> Batch:
+    def launch(self, number: int) -> asyncio.Task[Batch]:
         """Starts batch ``number``: the next of the prompt stream, and the teacher's part of it."""
         given = self.teacher_responses.batch(number) if self.teacher_responses else []
         prompts = self.stream.next_batch()
         requests = [(prompt, sample) for prompt in prompts for sample in range(self.loop.samples_per_prompt)]
-        samples = self.credited(requests, [response.as_rollout() for response in given])
-        return Batch(asyncio.create_task(samples), self.stream.state_dict())
+        batch = self.make_batch(requests, [response.as_rollout() for response in given], self.stream.state_dict())
+        return asyncio.create_task(batch)
 
-    async def credited(
-        self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout]
-    ) -> tuple[list[Scored], list[Graded]]:
+    async def make_batch(
+        self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout], position: dict[str, Any]
+    ) -> Batch:
         """A training batch: written, scored, graded, and credited with what its answers are worth."""
         samples = await self.write_and_score(requests, given, ask_teacher=self.scored)
         graded = await self.graded(samples)
         samples = self.credit.assign(samples, graded)
         if self.on_batch is not None:
             self.on_batch(samples)
-        return samples, graded
+        return Batch(samples, graded, position)
+
+    @uninterrupted
+    async def train_on(self, batch: Batch) -> None:
+        """KL update -> hot swap. The update, the position in the data and the step's report never part: who cancels
+        the loop finds all of them or none."""
+        learning = time.time()
+        update = await self.learner.step(batch.samples, self.step)
+        self.step, self.position = self.step + 1, batch.position
+        swapping = time.time()
+        swap, probe = await self.swap()
+        report = self.reporter.finish(self.step, batch.samples, batch.graded, update, swap, probe, learning, swapping)
+        self.recorder.step(report)
+        self.progress.step(report)
+        if update.skipped:
+            self.progress.say(update.skipped)
 
     async def write_and_score(
         self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout] = (), *, ask_teacher: bool = True
@@ -184,6 +192,7 @@ class Controller:
         async with self.grading:
             return await asyncio.to_thread(self.grader.grade, [sample.rollout for sample in samples])
 
+    @uninterrupted
     async def swap(self) -> tuple[SwapReport, ProbeResult]:
         """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
         swap = await publish(self.learner, self.rollouts, self.step, self.probe_ids)
@@ -201,6 +210,12 @@ class Controller:
         ]
         self.probed = model
         return swap, max(probes, key=lambda probe: probe.mean)
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the held-out evaluation of this version is due and missing, as after an interruption."""
+        if self.step and self.step < self.loop.steps and not due(self.step, self.loop.eval_every):
+            return False
+        return all(result.version != self.step for result in self.recorder.evaluations())
 
     async def evaluate(self) -> None:
         """Held-out KL, accuracy and obedience of the current version, on fresh rollouts."""
@@ -222,8 +237,8 @@ class Controller:
             response_length=sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
             by_mode=mode_scores(graded),
         )
-        self.recorder.heldout(result)
-        self.recorder.heldout_responses(
+        self.recorder.heldout(
+            result,
             heldout_responses(self.step, rollouts, graded, sums),
             heldout_samples(self.step, rollouts, graded, self.grader.text),
         )

@@ -1,9 +1,7 @@
-"""A run: what every phase of it needs to know, its directory, and how it ends early."""
+"""A run: what every phase of it needs to know, its directory, and how signals end it."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +9,18 @@ from typing import Any
 
 from s2w.compose import to_yaml
 from s2w.config import Config
+from s2w.failures import LOG, reported
+from s2w.learner import checkpoint
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
+from s2w.stopping import INTERRUPTED, run_stoppable
 from s2w.validate import Facts
 
-INTERRUPTED = 130
-"""Exit code after SIGINT or SIGTERM, a shell's own for SIGINT."""
+CHECKPOINTS = Path("checkpoints")
+"""Of the on-policy phase, in the run directory."""
+OFF_POLICY = Path("off_policy")
+"""Of the off-policy files, in the run directory."""
+OFF_POLICY_CHECKPOINTS = OFF_POLICY / "checkpoints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +41,42 @@ def open_directory(config: Config) -> Path:
     """The run directory, made if it is not there, with the resolved settings in it."""
     directory = Path(config.run.dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(to_yaml(config))
+    partial = directory / "config.yaml.partial"
+    partial.write_text(to_yaml(config))
+    partial.replace(directory / "config.yaml")
     return directory
 
 
-def run_interruptibly(work: Coroutine[Any, Any, None], config: Config, progress: Progress) -> int:
-    """Runs ``work`` to its end (0), or until SIGINT or SIGTERM cancels it (130); then says how to go on."""
+def saved(directory: Path) -> str:
+    """What a run has on disk and how to continue it, as the end of a sentence."""
+    for path, phase in ((CHECKPOINTS, ""), (OFF_POLICY_CHECKPOINTS, "off-policy ")):
+        if last := checkpoint.latest(directory / path):
+            what = f"{phase}step {checkpoint.read_state(last)['step']} is saved in {last}"
+            break
+    else:
+        shards = len(list((directory / OFF_POLICY).glob("shard-*.parquet")))
+        what = f"{shards} shards of responses are in {directory / OFF_POLICY}" if shards else "no step is saved yet"
+    return f"{what}; to continue: the same command with run.dir={directory} run.resume=true"
 
-    async def cancellable() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        # `ray job stop` and batch systems end a job with SIGTERM; asyncio treats SIGINT the same way by itself.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await work
+
+def run_to_its_end(work: Coroutine[Any, Any, None], directory: Path, progress: Progress) -> int:
+    """Runs ``work`` to its end (0), or until SIGINT or SIGTERM cancels it (130); then says how to continue.
+
+    Args:
+        directory: of the run.
+
+    Raises:
+        RunError: the work failed; its traceback is in ``error.log`` of the directory.
+        ConfigError, PreflightError: as the work raised them.
+    """
+
+    def stopping() -> None:
+        progress.say("stopping after what is under way, to save it; a second signal ends the run at once")
 
     try:
-        asyncio.run(cancellable())
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        progress.say(f"interrupted; to continue: the same command with run.dir={config.run.dir} run.resume=true")
+        with reported(directory / LOG, lambda: saved(directory)):
+            run_stoppable(work, stopping, lambda: f"ended at once; {saved(directory)}")
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; {saved(directory)}")
         return INTERRUPTED
     return 0

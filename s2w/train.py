@@ -17,7 +17,7 @@ from s2w.credit import Credit, reliability
 from s2w.data.prompts import build_prompts, prompt_stream
 from s2w.eval.grading import Grader
 from s2w.hardware import resolve_dtype
-from s2w.job import Job, open_directory, run_interruptibly
+from s2w.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS, Job, open_directory, run_to_its_end
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup, start_learner
 from s2w.models.checkpoint import ModelReference
@@ -33,9 +33,6 @@ from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.routing import Teachers
 from s2w.validate import check, check_resources, check_verifiable, off_policy_prompts
-
-CHECKPOINTS = Path("checkpoints")
-"""Of the on-policy phase, in the run directory."""
 
 
 def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None) -> int:
@@ -70,14 +67,14 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
         recorder = Recorder(
             run,
             step=steps_done(last_checkpoint(config, run / CHECKPOINTS)),
-            off_policy_step=steps_done(last_checkpoint(config, run / off_policy.CHECKPOINTS)),
+            off_policy_step=steps_done(last_checkpoint(config, run / OFF_POLICY_CHECKPOINTS)),
             config=asdict(config),
             tensorboard=config.run.tensorboard,
             wandb=config.run.wandb_project if config.run.wandb else None,
             name=config.run.name,
         )
         job = Job(config, facts, device, run, recorder, progress)
-        return run_interruptibly(_run(job, prompts, heldout, began, on_batch), config, progress)
+        return run_to_its_end(_run(job, prompts, heldout, began, on_batch), run, progress)
 
 
 async def _run(

@@ -141,15 +141,13 @@ def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Gener
         for one in responses
     ]
     tokens = sum(one.tokens for one in responses)
-    recorder.heldout(
-        Heldout(
-            version=version,
-            forward_kl=sum(one.forward_kl * one.tokens for one in responses) / tokens,
-            reverse_kl=sum(one.reverse_kl * one.tokens for one in responses) / tokens,
-            tokens=tokens,
-            response_length=tokens / len(responses),
-            by_mode=mode_scores(graded),
-        )
+    result = Heldout(
+        version=version,
+        forward_kl=sum(one.forward_kl * one.tokens for one in responses) / tokens,
+        reverse_kl=sum(one.reverse_kl * one.tokens for one in responses) / tokens,
+        tokens=tokens,
+        response_length=tokens / len(responses),
+        by_mode=mode_scores(graded),
     )
     samples = []
     for one in responses:
@@ -162,7 +160,7 @@ def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Gener
                     version, one.uid, one.mode, f"What is {one.uid}?", text, one.correct, one.obedient, finish
                 )
             )
-    recorder.heldout_responses(responses, samples)
+    recorder.heldout(result, responses, samples)
 
 
 def heldout_responses(version: int, steps: int, draw: np.random.Generator) -> Iterator[HeldoutResponse]:

@@ -42,27 +42,55 @@ def recorder(directory: Path, step: int) -> Recorder:
     return Recorder(directory, step=step, off_policy_step=0, config={}, tensorboard=True, wandb=None, name="test")
 
 
+def evaluate(recorder: Recorder, version: int) -> None:
+    recorder.heldout(
+        heldout(version),
+        [HeldoutResponse(version, "a/0", "think", 10, 2.0, 1.0, None, True, False)],
+        [HeldoutSample(version, "a/0", "think", "1 + 1?", "<think>\n2\n</think>", None, True, "stop")],
+    )
+
+
 def test_a_resumed_run_drops_what_it_does_again(tmp_path: Path) -> None:
     first = recorder(tmp_path, 0)
     timeline = Timeline(tmp_path / "timeline.jsonl")
     for version in (0, 4, 8):
-        first.heldout(heldout(version))
-        first.heldout_responses(
-            [HeldoutResponse(version, "a/0", "think", 10, 2.0, 1.0, None, True, False)],
-            [HeldoutSample(version, "a/0", "think", "1 + 1?", "<think>\n2\n</think>", None, True, "stop")],
-        )
+        evaluate(first, version)
         timeline.add("learn", 0, [(version, version + 1.0)], version)
     first.close()
     assert [result.version for result in recorder(tmp_path, 4).evaluations()] == [0, 4]
     for name, key in (("heldout_responses", "version"), ("samples", "version"), ("timeline", "step")):
         lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [line[key] for line in lines] == [0, 4], name
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("torn", ["heldout", "heldout_responses", "samples", "timeline"])
+def test_a_torn_line_is_not_read_and_nothing_is_glued_to_it(tmp_path: Path, torn: str) -> None:
+    first = recorder(tmp_path, 0)
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    for version in (0, 4):
+        evaluate(first, version)
+        timeline.add("learn", 0, [(version, version + 1.0)], version)
+    # A kill in the middle of the last line; what is written after it, in one process or the next, is whole.
+    path = tmp_path / f"{torn}.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    timeline.add("learn", 0, [(5.0, 6.0)], 5)
+    assert [json.loads(line)["step"] for line in (tmp_path / "timeline.jsonl").read_text().splitlines()] == [
+        0, *([4] if torn != "timeline" else []), 5,
+    ]  # fmt: skip
+    resumed = recorder(tmp_path, 4)
+    # An evaluation whose last line is torn is none, so that it is made again.
+    evaluated = [0] if torn == "heldout" else [0, 4]
+    assert [result.version for result in resumed.evaluations()] == evaluated
+    for name in ("heldout_responses", "samples"):
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["version"] for line in lines] == ([0] if torn in (name, "heldout") else [0, 4])
 
 
 @pytest.mark.parametrize("version", [0, 9])
 def test_evaluations_read_back(tmp_path: Path, version: int) -> None:
     first = recorder(tmp_path, 10)
-    first.heldout(heldout(version))
+    evaluate(first, version)
     [again] = first.evaluations()
     assert repr(again) == repr(heldout(version))
     first.close()

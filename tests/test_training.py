@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stop_signals import stop_during
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,9 +24,8 @@ from s2w.cli import main
 from s2w.compose import compose
 from s2w.config import Config
 from s2w.errors import ConfigError
-from s2w.job import INTERRUPTED
-from s2w.observe.progress import Progress
-from s2w.records import Scored, StepReport
+from s2w.records import Scored
+from s2w.stopping import INTERRUPTED
 from s2w.train import train
 
 COMMON = [
@@ -43,6 +45,8 @@ class Run:
 
     directory: Path
     batches: list[list[Scored]]
+    held: list[int]
+    """Of the samples before each batch, those that something still refers to when it is complete."""
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -65,23 +69,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(teacher: Path, runs: Path) -> Callable[..., Run]:
-    """Runs a job to its end and keeps the batches that its controller held."""
+    """Runs a job to its end and keeps the batches that its controller held, or copies without their signals."""
 
-    def run(name: str, *overrides: str, interrupt_at: int | None = None) -> Run:
+    def run(name: str, *overrides: str, stop: tuple[str, int] | None = None, copies: bool = False) -> Run:
         config: Config = compose(
             [*COMMON, f"teacher.model={teacher}", f"student.model={teacher}", f"run.dir={runs / name}", *overrides]
         )
         batches: list[list[Scored]] = []
+        held: list[int] = []
+        arrays: list[weakref.ref[np.ndarray]] = []
 
-        def interrupted(self: Progress, report: StepReport) -> None:
-            if report.step == interrupt_at:
-                raise KeyboardInterrupt
+        def keep(samples: list[Scored]) -> None:
+            if copies:
+                gc.collect()
+                held.append(sum(array() is not None for array in arrays))
+                arrays.extend(weakref.ref(sample.rollout.token_ids) for sample in samples)
+                samples = [Scored(replace(s.rollout, token_ids=s.rollout.token_ids.copy()), None) for s in samples]
+            batches.append(samples)
 
         with pytest.MonkeyPatch.context() as patch:
-            if interrupt_at is not None:
-                patch.setattr(Progress, "step", interrupted)
-            assert train(config, batches.append) == (0 if interrupt_at is None else INTERRUPTED)
-        return Run(runs / name, batches)
+            if stop is not None:
+                stop_during(patch, *stop)
+            assert train(config, keep) == (0 if stop is None else INTERRUPTED)
+        return Run(runs / name, batches, held)
 
     return run
 
@@ -99,10 +109,13 @@ def whole(job: Callable[..., Run]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def halves(job: Callable[..., Run]) -> tuple[Run, Run]:
-    """The same run, interrupted after two steps, and resumed."""
-    first = job("halves", "loop.steps=4", *DETERMINISTIC, interrupt_at=2)
-    return first, job("halves", "loop.steps=4", "run.resume=true", *DETERMINISTIC)
+def parts(job: Callable[..., Run]) -> list[Run]:
+    """The same run, stopped in its first update, resumed, stopped in its second save, resumed."""
+    interrupted = [
+        job("parts", "loop.steps=4", *DETERMINISTIC, stop=("step", 1)),
+        job("parts", "loop.steps=4", "run.resume=true", *DETERMINISTIC, stop=("save", 1)),
+    ]
+    return [*interrupted, job("parts", "loop.steps=4", "run.resume=true", *DETERMINISTIC, copies=True)]
 
 
 def test_the_run_directory(whole: Run) -> None:
@@ -153,37 +166,47 @@ def test_at_staleness_zero_each_batch_is_written_by_the_weights_that_learn_from_
     assert all(line["staleness_max"] == 0 for line in whole.metrics)
 
 
-def test_the_same_seed_repeats_rollouts_and_losses(whole: Run, halves: tuple[Run, Run]) -> None:
-    first, _ = halves
-    for one, other in zip(whole.batches[:3], first.batches[:3], strict=True):
+def test_the_same_seed_repeats_rollouts_and_losses(whole: Run, parts: list[Run]) -> None:
+    for one, other in zip(whole.batches[:2], parts[0].batches, strict=True):
         for a, b in zip(one, other, strict=True):
             assert a.rollout.uid == b.rollout.uid
             assert np.array_equal(a.rollout.token_ids, b.rollout.token_ids)
             assert np.array_equal(a.rollout.log_probs, b.rollout.log_probs)
     for name in ("loss", "divergence", "grad_norm", "student_entropy", "teacher_entropy"):
-        assert [line[name] for line in whole.metrics[:2]] == [line[name] for line in first.metrics[:2]]
+        assert [line[name] for line in whole.metrics] == [line[name] for line in parts[-1].metrics]
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(whole: Run, halves: tuple[Run, Run]) -> None:
-    _, second = halves
-    assert [line["step"] for line in second.metrics] == [1, 2, 3, 4]
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(whole: Run, parts: list[Run]) -> None:
+    """Bit for bit, although a signal came while the ranks updated, and another while they saved."""
+    directory = parts[-1].directory
+    assert [line["step"] for line in parts[-1].metrics] == [1, 2, 3, 4]
     for name in ("loss", "grad_norm", "learning_rate", "response_tokens"):
-        assert [line[name] for line in second.metrics] == [line[name] for line in whole.metrics]
+        assert [line[name] for line in parts[-1].metrics] == [line[name] for line in whole.metrics]
     models = [
         AutoModelForCausalLM.from_pretrained(run.directory / "checkpoints" / "latest", dtype=torch.float32)
-        for run in (whole, second)
+        for run in (whole, parts[-1])
     ]
     for (name, a), (_, b) in zip(*(model.named_parameters() for model in models), strict=True):
         assert torch.equal(a, b), name
+    # What the first signal found under way ended, and was saved: no update was made twice, and no save.
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
+        "latest", "step_000001", "step_000002", "step_000004",
+    ]  # fmt: skip
 
 
-def test_every_prompt_is_used_once_an_epoch(whole: Run, halves: tuple[Run, Run]) -> None:
-    first, second = halves
-    for batches in (whole.batches[1:-1], first.batches[1:] + second.batches[:-1]):
+def test_every_prompt_is_used_once_an_epoch(whole: Run, parts: list[Run]) -> None:
+    # The held-out evaluations come first and last.
+    trained = [batch for part in parts for batch in part.batches][1:-1]
+    for batches in (whole.batches[1:-1], trained):
         used = [sample.rollout.prompt.uid for samples in batches for sample in samples if sample.rollout.sample == 0]
         assert len(used) == 16
         epoch = Counter(used[:10])
         assert len(epoch) == 10 and set(epoch.values()) == {1}
+
+
+def test_a_batch_is_let_go_when_its_step_is_done(parts: list[Run]) -> None:
+    """Before the next one is complete: its signals leave the object store."""
+    assert parts[-1].held == [0, 0, 0]
 
 
 def test_the_controller_holds_no_tensor(whole: Run) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from s2w.errors import ConfigError
 from s2w.eval.grading import Grader
 from s2w.eval.problems import make_prompts, read_problems
 from s2w.eval.report import EvalReport, make_report
+from s2w.failures import reported
 from s2w.hardware import resolve_dtype
 from s2w.models.checkpoint import Checkpoint, ModelReference, read_checkpoint
 from s2w.models.tokenizers import token_count
@@ -21,6 +24,7 @@ from s2w.modes import supported_modes
 from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
 from s2w.rollout.thinking import check_thinking_budget
+from s2w.stopping import run_stoppable
 
 QUEUE_DEPTH = 2
 """Requests sent to an engine for each that it can run at once: it never waits for the next one, and Ray, which warns
@@ -34,6 +38,8 @@ def evaluate(run: EvalRun) -> EvalReport:
 
     Raises:
         ConfigError: bad input; nothing was started.
+        RunError: an engine failed.
+        KeyboardInterrupt: SIGINT or SIGTERM came.
     """
     _check_numbers(run)
     output = Path(run.eval.output) if run.eval.output else None
@@ -53,11 +59,13 @@ def evaluate(run: EvalRun) -> EvalReport:
             f"the longest prompt and rollout.max_tokens={run.rollout.max_tokens} are {length} tokens, more than the "
             f"model's context of {checkpoint.max_model_len}: write a smaller rollout.max_tokens"
         )
-    with connected(run.cluster) as (device, resources):
-        _check_resources(run.rollout, device, resources)
-        rollouts = asyncio.run(_sample(run, checkpoint, device, length, requests))
-    with Grader(checkpoint.tokenizer) as grader:
-        graded = grader.grade(rollouts)
+    log = output.with_suffix(".error.log") if output else Path(tempfile.gettempdir(), f"s2w-eval-{os.getpid()}.log")
+    with reported(log, lambda: "no report was written: start it again"):
+        with connected(run.cluster) as (device, resources):
+            _check_resources(run.rollout, device, resources)
+            rollouts = run_stoppable(_sample(run, checkpoint, device, length, requests))
+        with Grader(checkpoint.tokenizer) as grader:
+            graded = grader.grade(rollouts)
     rollout = run.rollout
     report = make_report(
         zip((budget for _, _, budget in requests), graded, strict=True),

@@ -46,8 +46,9 @@ def step_dir(root: Path, step: int) -> Path:
 
 def begin(root: Path, step: int) -> Path:
     """Makes the temporary directory that :func:`commit` turns into the checkpoint of ``step``."""
+    for rest in [*root.glob("step_*.partial"), *root.glob("step_*.deleted")]:  # Of a run that was killed.
+        shutil.rmtree(rest)
     directory = root / f"{step_dir(root, step).name}.partial"
-    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory
 
@@ -67,7 +68,7 @@ def commit(partial: Path, state: dict[str, Any], keep: int) -> Path:
     final = root / partial.name.removesuffix(".partial")
     (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
     if final.exists():
-        shutil.rmtree(final)
+        _delete(final)
     partial.rename(final)
 
     link = root / "latest.partial"
@@ -78,8 +79,15 @@ def commit(partial: Path, state: dict[str, Any], keep: int) -> Path:
     complete = sorted(path for path in root.iterdir() if _STEP_DIR.fullmatch(path.name))
     for path in complete[: -max(1, keep)]:
         if path != final:
-            shutil.rmtree(path)
+            _delete(path)
     return final
+
+
+def _delete(directory: Path) -> None:
+    """Takes the checkpoint's name away first: a half-deleted one does not look like one."""
+    nameless = directory.with_name(f"{directory.name}.deleted")
+    directory.rename(nameless)
+    shutil.rmtree(nameless)
 
 
 def latest(root: Path) -> Path | None:

@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from s2w.config import Config
+from s2w.failures import PROCESS_DEATHS, reason
 from s2w.hardware import cpu_environment, resolve_dtype
 from s2w.job import Job
 from s2w.learner import checkpoint
@@ -41,6 +42,11 @@ from s2w.records import Scored
 from s2w.teacher.routing import teacher_settings
 
 logger = logging.getLogger(__name__)
+
+FAILING_S = 5
+"""How long the other ranks have to fail, when one has."""
+ABANDONED_S = 600
+"""How long ranks may go on with a call whose caller was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,27 +354,51 @@ class LearnerGroup:
     async def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls a method on every rank, rank i with ``arguments[i]``; results in the order of the ranks.
 
+        A caller that is cancelled leaves at once; the next call waits until the ranks have ended this one.
+        """
+        await self.lock.acquire()
+        call = asyncio.create_task(self._on_all_ranks(method, arguments))
+        call.add_done_callback(lambda _: self.lock.release())
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(ABANDONED_S, self._give_up, call)
+            raise
+
+    def _give_up(self, call: asyncio.Task[list[Any]]) -> None:
+        """Ends ranks that are still in a call that nobody waits for, such as in a collective without a partner."""
+        if not call.done():
+            self.shutdown()
+
+    async def _on_all_ranks(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """One call of all ranks, which are idle.
+
         A rank that fails alone leaves the others waiting in a collective, so the first failure ends them all. A step
         that the ranks refuse together leaves them as they were.
         """
-        async with self.lock:
-            if not self.ranks:
-                raise LearnerError("the learner group has been shut down")
-            calls = [
-                asyncio.ensure_future(getattr(rank, method).remote(*args))
-                for rank, args in zip(self.ranks, arguments, strict=True)
-            ]
-            try:
-                return await asyncio.gather(*calls)
-            except StepRefusedError:
-                # Every rank raises it; the next call must find them idle.
-                await asyncio.gather(*calls, return_exceptions=True)
-                raise
-            except Exception as error:
-                failed = [str(i) for i, call in enumerate(calls) if call.done() and call.exception() is not None]
-                self.shutdown()
-                await asyncio.gather(*calls, return_exceptions=True)
-                raise LearnerError(f"{method} failed on learner rank {', '.join(failed)}: {error}") from error
+        if not self.ranks:
+            raise LearnerError("the learner group has been shut down")
+        calls = [
+            asyncio.ensure_future(getattr(rank, method).remote(*args))
+            for rank, args in zip(self.ranks, arguments, strict=True)
+        ]
+        try:
+            return await asyncio.gather(*calls)
+        except StepRefusedError:
+            # Every rank raises it; the next call must find them idle.
+            await asyncio.gather(*calls, return_exceptions=True)
+            raise
+        except Exception:
+            # A rank that died breaks the connections of the others, who may tell of it first.
+            await asyncio.wait(calls, timeout=FAILING_S)
+            failed = {i: error for i, call in enumerate(calls) if call.done() and (error := call.exception())}
+            died = [i for i, error in failed.items() if isinstance(error, PROCESS_DEATHS)]
+            self.shutdown()
+            await asyncio.gather(*calls, return_exceptions=True)
+            rank = (died or list(failed))[0]
+            who = f"learner rank {rank}"
+            text = f"{who} died in {method}" if died else f"{method} failed on {who}"
+            raise LearnerError(f"{text}: {reason(failed[rank], who)}") from failed[rank]
 
     def _plan(self, samples: Sequence[Scored]) -> list[list[MicroBatch]]:
         """Which samples are in each rank's micro-batches."""

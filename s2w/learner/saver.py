@@ -7,6 +7,7 @@ from typing import Any
 
 from s2w.learner.group import LearnerGroup
 from s2w.observe.progress import Progress
+from s2w.stopping import uninterrupted
 
 
 class Saver:
@@ -22,6 +23,7 @@ class Saver:
         self._learner, self._directory, self._keep, self._progress = learner, directory, keep, progress
         self._saved = step
 
+    @uninterrupted
     async def save(self, step: int, data: dict[str, Any]) -> None:
         """Checkpoint after ``step`` updates, with ``data`` beside it, unless it is there."""
         if step == self._saved:

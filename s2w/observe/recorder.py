@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from s2w.observe import jsonl
 from s2w.records import Heldout, HeldoutResponse, HeldoutSample, OffPolicyHeldout, OffPolicyReport, StepReport
 
 
@@ -42,11 +43,14 @@ class Recorder:
         self.response_lines, self.sample_lines = directory / "heldout_responses.jsonl", directory / "samples.jsonl"
         self.off_policy_heldout_lines = directory / "off_policy" / "heldout.jsonl"
         done = {"on_policy": step, "off_policy": off_policy_step}
-        _keep(self.metrics, lambda line: line["step"] <= done[line["phase"]])
-        for path in (self.heldout_lines, self.response_lines, self.sample_lines):
-            _keep(path, lambda line: line["version"] <= step)
-        _keep(directory / "timeline.jsonl", lambda line: line["step"] <= step)
-        _keep(self.off_policy_heldout_lines, lambda line: line["step"] <= off_policy_step)
+        jsonl.keep(self.metrics, lambda line: line["step"] <= done[line["phase"]])
+        jsonl.keep(directory / "timeline.jsonl", lambda line: line["step"] <= step)
+        jsonl.keep(self.off_policy_heldout_lines, lambda line: line["step"] <= off_policy_step)
+        jsonl.keep(self.heldout_lines, lambda line: line["version"] <= step)
+        # An evaluation that was not written to its end is made again.
+        evaluated = {line["version"] for line in jsonl.read(self.heldout_lines)}
+        for path in (self.response_lines, self.sample_lines):
+            jsonl.keep(path, lambda line: line["version"] in evaluated)
         self._tensorboard, self._first_steps = tensorboard, {name: count + 1 for name, count in done.items()}
         self._writers: dict[str, Any] = {}
         self._wandb = None
@@ -61,47 +65,38 @@ class Recorder:
     def step(self, report: StepReport) -> None:
         """Adds the line of one step."""
         line = asdict(report)
-        _append(self.metrics, line)
+        jsonl.append(self.metrics, [line])
         self._scalars(line, report.step)
 
-    def heldout(self, result: Heldout) -> None:
-        """Adds one held-out evaluation."""
+    def heldout(self, result: Heldout, responses: Iterable[HeldoutResponse], samples: Iterable[HeldoutSample]) -> None:
+        """Adds one held-out evaluation, and its responses: all in figures, some in full."""
+        jsonl.append(self.response_lines, map(asdict, responses))
+        jsonl.append(self.sample_lines, map(asdict, samples))
+        # The last: what a kill leaves without it is not an evaluation.
         line = asdict(result)
-        _append(self.heldout_lines, line)
+        jsonl.append(self.heldout_lines, [line])
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
-
-    def heldout_responses(self, responses: Iterable[HeldoutResponse], samples: Iterable[HeldoutSample]) -> None:
-        """Adds the responses of one held-out evaluation: all in figures, some in full."""
-        for response in responses:
-            _append(self.response_lines, asdict(response))
-        for sample in samples:
-            _append(self.sample_lines, asdict(sample))
 
     def off_policy_step(self, report: OffPolicyReport) -> None:
         """Adds the line of one step of the off-policy phase."""
         line = asdict(report)
-        _append(self.metrics, line)
+        jsonl.append(self.metrics, [line])
         self._scalars(line, report.step, "off_policy")
 
     def off_policy_heldout(self, result: OffPolicyHeldout) -> None:
         """Adds one held-out evaluation of the off-policy phase."""
         line = asdict(result)
         self.off_policy_heldout_lines.parent.mkdir(exist_ok=True)
-        _append(self.off_policy_heldout_lines, line)
+        jsonl.append(self.off_policy_heldout_lines, [line])
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.step, "off_policy")
 
     def off_policy_evaluations(self) -> list[OffPolicyHeldout]:
         """All held-out evaluations of the off-policy phase so far."""
-        if not self.off_policy_heldout_lines.exists():
-            return []
-        lines = self.off_policy_heldout_lines.read_text().splitlines()
-        return [OffPolicyHeldout(**json.loads(line)) for line in lines]
+        return [OffPolicyHeldout(**line) for line in jsonl.read(self.off_policy_heldout_lines)]
 
     def evaluations(self) -> list[Heldout]:
         """All held-out evaluations of this run so far, also from before it was resumed."""
-        if not self.heldout_lines.exists():
-            return []
-        return [Heldout(**json.loads(line)) for line in self.heldout_lines.read_text().splitlines()]
+        return [Heldout(**line) for line in jsonl.read(self.heldout_lines)]
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes ``summary.json``."""
@@ -132,18 +127,6 @@ class Recorder:
             directory = root if phase == "on_policy" else root / phase
             self._writers[phase] = SummaryWriter(str(directory), purge_step=self._first_steps[phase])
         return self._writers[phase]
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _keep(path: Path, wanted: Any) -> None:
-    """Drops the lines of steps that a resumed run does again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines(keepends=True) if wanted(json.loads(line))]
-        path.write_text("".join(lines))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

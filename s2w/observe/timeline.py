@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
+
+from s2w.observe import jsonl
 
 Stage = Literal["generate", "score", "learn", "swap"]
 STAGES: tuple[Stage, ...] = ("generate", "score", "learn", "swap")
@@ -27,10 +28,8 @@ class Timeline:
         """Adds what ``actor`` did for ``step``; returns the union of its intervals."""
         merged = merge(intervals)
         self._recent[stage] += merged
-        with self.path.open("a") as file:
-            for start, stop in merged:
-                line = {"stage": stage, "actor": actor, "step": step, "start": start, "stop": stop}
-                file.write(json.dumps(line) + "\n")
+        lines = [{"stage": stage, "actor": actor, "step": step, "start": start, "stop": stop} for start, stop in merged]
+        jsonl.append(self.path, lines)
         return merged
 
     def busy(self, start: float, stop: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from s2w.config import Config
 from s2w.data.verifier_process import VerifierProcess
 from s2w.errors import ConfigError
-from s2w.job import Job
+from s2w.job import OFF_POLICY, Job
 from s2w.modes import opens_thinking
 from s2w.observe.progress import Progress
 from s2w.off_policy.batches import Split, split
@@ -21,8 +21,6 @@ from s2w.off_policy.response import Response
 from s2w.off_policy.shards import write_responses
 from s2w.validate import Facts
 
-DIRECTORY = Path("off_policy")
-"""Of the off-policy files, in the run directory."""
 TABLE = "filters.json"
 
 
@@ -49,7 +47,7 @@ class TeacherResponses:
         """All of them, with the filter that dropped each that was dropped."""
         if self._filtered is None:
             job = self._job
-            directory = job.directory / DIRECTORY
+            directory = job.directory / OFF_POLICY
             self._filtered = await collect(job.config, job.facts, job.device, directory, job.progress)
         return self._filtered
 
@@ -75,7 +73,7 @@ async def collect(config: Config, facts: Facts, device: str, directory: Path, pr
         provenance = store.provenance
         await generate(config, facts, prompts, store, device, progress)
         responses = store.read(prompts, config.off_policy.samples_per_prompt)
-    filtered = await asyncio.to_thread(_filter, config, facts, responses)
+    filtered = await _filter(config, facts, responses)
     (directory / TABLE).write_text(json.dumps(filtered.table(), indent=2) + "\n")
     dropped = [response for response, _ in filtered.dropped]
     write_responses(directory / DROPPED, dropped, provenance, reasons=[reason for _, reason in filtered.dropped])
@@ -87,11 +85,13 @@ async def collect(config: Config, facts: Facts, device: str, directory: Path, pr
     return filtered
 
 
-def _filter(config: Config, facts: Facts, responses: list[Response]) -> Filtered:
+async def _filter(config: Config, facts: Facts, responses: list[Response]) -> Filtered:
+    """Filters in a thread; if this is cancelled, the end of the verifier is the end of the thread."""
     filters = config.off_policy.filters
     with ExitStack() as stack:
         verifies = filters.verified and any(response.prompt.task for response in responses)
-        return apply_filters(
+        return await asyncio.to_thread(
+            apply_filters,
             responses,
             filters,
             max_tokens=config.off_policy.max_tokens,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from s2w.cluster import connected
 from s2w.config import Config
 from s2w.errors import ConfigError
-from s2w.job import open_directory, run_interruptibly
+from s2w.job import OFF_POLICY, open_directory, run_to_its_end
 from s2w.observe.progress import Progress
-from s2w.off_policy.collect import DIRECTORY, collect
+from s2w.off_policy.collect import collect
 from s2w.validate import check, check_generation
 
 
@@ -26,10 +26,11 @@ def generate(config: Config) -> int:
     progress = Progress(config.off_policy.steps, config.loss.divergence)
     with connected(config.cluster) as (device, resources):
         check_generation(config, device, resources)
-        directory = open_directory(config) / DIRECTORY
+        run = open_directory(config)
+        directory = run / OFF_POLICY
 
         async def work() -> None:
             await collect(config, facts, device, directory, progress)
             progress.say(f"responses in {directory}")
 
-        return run_interruptibly(work(), config, progress)
+        return run_to_its_end(work(), run, progress)

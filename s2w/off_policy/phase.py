@@ -17,7 +17,7 @@ from typing import Any
 
 from s2w.config import Config, Objective, OffPolicyConfig
 from s2w.errors import ConfigError
-from s2w.job import Job
+from s2w.job import OFF_POLICY_CHECKPOINTS, Job
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup, start_learner
 from s2w.learner.saver import Saver, due
@@ -25,12 +25,11 @@ from s2w.models.checkpoint import ModelReference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.off_policy.batches import ResponseStream
-from s2w.off_policy.collect import DIRECTORY, TeacherResponses
+from s2w.off_policy.collect import TeacherResponses
 from s2w.off_policy.response import Response
 from s2w.records import OffPolicyHeldout, OffPolicyReport, Scored
+from s2w.stopping import uninterrupted
 from s2w.teacher.routing import Teachers
-
-CHECKPOINTS = DIRECTORY / "checkpoints"
 
 
 def learner_settings(config: Config) -> Config:
@@ -68,7 +67,7 @@ async def run_phase(job: Job, student: ModelReference, teacher_responses: Teache
         ConfigError: no responses to learn from, or others than those of the checkpoint to continue from.
     """
     config, device, progress = job.config, job.device, job.progress
-    off, checkpoints = config.off_policy, job.directory / CHECKPOINTS
+    off, checkpoints = config.off_policy, job.directory / OFF_POLICY_CHECKPOINTS
     last = checkpoint.latest(checkpoints) if config.run.resume else None
     state: dict[str, Any] = checkpoint.read_state(last) if last else {"step": 0}
     if last and state["step"] >= off.steps:
@@ -160,7 +159,7 @@ class OffPolicyPhase:
         """Does the steps that are left, then saves; returns the directory of the last checkpoint."""
         ahead: asyncio.Task[list[Scored]] | None = None
         try:
-            if not self.recorder.off_policy_evaluations():
+            if self.evaluation_is_due():
                 await self.evaluate()
             while self.step < self.settings.steps:
                 began = time.monotonic()
@@ -169,29 +168,9 @@ class OffPolicyPhase:
                 ahead = None
                 if self.step + 1 < self.settings.steps:
                     ahead = asyncio.create_task(self.signals(self.stream.batch(self.step + 1)))
-                update = await self.learner.step(samples, self.step)
-                self.step += 1
-                tokens = sum(len(sample.rollout.input_ids) for sample in samples)
-                report = OffPolicyReport(
-                    step=self.step,
-                    epoch=self.step * self.settings.responses_per_step / len(self.stream.responses),
-                    loss=update.loss,
-                    divergence=update.means.divergence,
-                    student_entropy=update.means.student_entropy,
-                    agreement=update.means.agreement,
-                    grad_norm=update.grad_norm,
-                    learning_rate=update.learning_rate,
-                    skipped=int(bool(update.skipped)),
-                    responses=len(samples),
-                    response_tokens=update.means.tokens,
-                    tokens_per_second=tokens / update.seconds,
-                    seconds=time.monotonic() - began,
-                )
-                self.recorder.off_policy_step(report)
-                self.progress.off_policy_step(report, self.settings.steps)
-                if update.skipped:
-                    self.progress.say(update.skipped)
-                if due(self.step, self.settings.eval_every) or self.step == self.settings.steps:
+                await self.train_on(samples, began)
+                del samples  # Their signals leave the object store.
+                if self.evaluation_is_due():
                     if ahead:
                         await asyncio.wait([ahead])  # A batch that is scored as a whole is scored alone.
                     await self.evaluate()
@@ -203,7 +182,38 @@ class OffPolicyPhase:
         finally:
             if ahead is not None:
                 ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
         return checkpoint.step_dir(self.checkpoints, self.step)
+
+    @uninterrupted
+    async def train_on(self, samples: list[Scored], began: float) -> None:
+        """One update and its report, which never part: who cancels the phase finds both or neither.
+
+        Args:
+            began: when the step did, ``time.monotonic()``.
+        """
+        update = await self.learner.step(samples, self.step)
+        self.step += 1
+        tokens = sum(len(sample.rollout.input_ids) for sample in samples)
+        report = OffPolicyReport(
+            step=self.step,
+            epoch=self.step * self.settings.responses_per_step / len(self.stream.responses),
+            loss=update.loss,
+            divergence=update.means.divergence,
+            student_entropy=update.means.student_entropy,
+            agreement=update.means.agreement,
+            grad_norm=update.grad_norm,
+            learning_rate=update.learning_rate,
+            skipped=int(bool(update.skipped)),
+            responses=len(samples),
+            response_tokens=update.means.tokens,
+            tokens_per_second=tokens / update.seconds,
+            seconds=time.monotonic() - began,
+        )
+        self.recorder.off_policy_step(report)
+        self.progress.off_policy_step(report, self.settings.steps)
+        if update.skipped:
+            self.progress.say(update.skipped)
 
     async def signals(self, responses: Sequence[Response]) -> list[Scored]:
         """The responses with what the student shall learn of them."""
@@ -219,10 +229,15 @@ class OffPolicyPhase:
             signals = [task.result() for task in tasks]
         return [Scored(*pair) for pair in zip(rollouts, signals, strict=True)]
 
+    def evaluation_is_due(self) -> bool:
+        """Whether there are held-out responses and their loss at this step is due and missing."""
+        if self.step and self.step < self.settings.steps and not due(self.step, self.settings.eval_every):
+            return False
+        known = self.recorder.off_policy_evaluations()
+        return bool(self.heldout) and all(result.step != self.step for result in known)
+
     async def evaluate(self) -> None:
         """Loss on the held-out responses."""
-        if not self.heldout:
-            return
         samples = await self.signals(self.heldout)
         values = await self.learner.evaluate(samples, [self.objective])
         tokens = sum(len(sample.rollout.token_ids) for sample in samples)

@@ -326,7 +326,8 @@ class RolloutEngine:
 
     async def probed(self) -> np.ndarray:
         """As :meth:`log_probs`, of the last swap's probe."""
-        return await self.weights.probed()
+        with telling_engine_death(self.llm):
+            return await self.weights.probed()
 
     async def shutdown(self) -> None:
         """Ends vLLM's processes."""

@@ -1,0 +1,204 @@
+"""How runs end that do not come to their end: by a signal, by a death of one of their processes, by their own.
+
+One run directory lives through all of it. What ends a run, what it says, and what of it is left are looked at from
+outside, as a user sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_run import LiveRun, live_run
+from tiny_models import make_checkpoint
+
+from s2w.learner import checkpoint
+
+TESTS = Path(__file__).parent
+PROMPTS, EPOCH = 4, 3
+"""Prompts a step; steps an epoch."""
+
+Start = Callable[..., AbstractContextManager[LiveRun]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run_end")
+
+
+@pytest.fixture(scope="module")
+def start(directory: Path) -> Start:
+    """Starts the run, or continues it."""
+    teacher = make_checkpoint(directory / "teacher", "untied", 1)
+    arguments = [
+        "train", f"teacher.model={teacher}", f"student.model={teacher}", f"run.dir={directory / 'run'}",
+        "student.init=fresh", "data.tasks=[chain_sum]", f"data.train_prompts={PROMPTS * EPOCH}",
+        "data.heldout_prompts=2", "data.max_prompt_tokens=256", "rollout.max_tokens=8", "rollout.enforce_eager=true",
+        "teacher.enforce_eager=true", "rollout.cpus=0.2", "teacher.cpus=0.2", "learner.cpus=0.2", "learner.ranks=2",
+        f"loop.prompts_per_step={PROMPTS}", "loop.steps=1000", "loop.checkpoint_every=3", "loop.eval_every=2",
+        "loop.max_staleness=1", "loop.keep_checkpoints=1", "cluster.device=cpu", "teacher.dtype=float32",
+        "rollout.dtype=float32", "learner.dtype=float32",
+    ]  # fmt: skip
+
+    def started(name: str, **options: Any) -> AbstractContextManager[LiveRun]:
+        resume = ["run.resume=true"] if (directory / "run" / "config.yaml").exists() else []
+        command = [str(TESTS / "recorded_run.py"), str(directory / "trained.jsonl"), *arguments, *resume]
+        return live_run(command, directory / f"{name}.txt", **options)
+
+    return started
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def saved_step(directory: Path) -> int:
+    last = checkpoint.latest(directory / "run" / "checkpoints")
+    assert last is not None
+    return checkpoint.read_state(last)["step"]
+
+
+def last_line(run: LiveRun) -> str:
+    return run.text().rstrip().splitlines()[-1]
+
+
+def steps_of(run: LiveRun, more: int) -> None:
+    """Waits until the run has made so many more steps; knows all processes then."""
+    metrics = run.output.parent / "run" / "metrics.jsonl"
+    run.until_said("all up after")
+    before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    run.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= before + more)
+    assert len(run.processes("VLLM::EngineCore")) == 2
+    assert len(run.processes("ray::LearnerRank")) == 2
+
+
+def test_sigterm_ends_a_run_whose_sigint_is_ignored(start: Start, directory: Path) -> None:
+    with start("sigterm", ignore_sigint=True) as run:
+        steps_of(run, 2)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 130
+        assert run.survivors() == []
+    step = saved_step(directory)
+    path = directory / "run" / "checkpoints" / f"step_{step:06d}"
+    again = f"the same command with run.dir={directory / 'run'} run.resume=true"
+    assert last_line(run) == f"interrupted; step {step} is saved in {path}; to continue: {again}"
+    assert "Traceback" not in run.text()
+    assert [line["step"] for line in lines(directory / "run" / "metrics.jsonl")] == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [
+        ("VLLM::EngineCore", r"(rollout engine|teacher) 0 died: its EngineCore process \d+ was killed by SIGKILL; "),
+        (
+            "ray::LearnerRank",
+            r"learner rank [01] died in \w+: its process \d+ was killed or crashed; .*learner\.tokens_per_micro_batch",
+        ),
+    ],
+)
+def test_a_process_that_dies_ends_the_run_with_a_sentence(start: Start, directory: Path, title: str, said: str) -> None:
+    with start(title) as run:
+        steps_of(run, 2)
+        log = directory / "run" / "error.log"
+        before = log.stat().st_size if log.exists() else 0
+        # The rollout engine's core: a teacher's is replaced.
+        actor = {"VLLM::EngineCore": "ray::RolloutEngine", "ray::LearnerRank": "ray::LearnerRank"}[title]
+        [victim, *_] = [p for p in run.processes(title) if actor in " ".join([*p.cmdline(), *p.parent().cmdline()])]
+        victim.kill()
+        began = time.monotonic()
+        assert run.wait(60) == 1
+        assert time.monotonic() - began < 40
+        assert run.survivors() == []
+    text = run.text()
+    assert "Traceback" not in text
+    sentence = last_line(run)
+    assert sentence.startswith("s2w: ")
+    assert re.search(said, sentence), sentence
+    assert f"step {saved_step(directory)} is saved in" in sentence and "run.resume=true" in sentence
+    assert sentence.endswith(f"traceback: {log}")
+    assert "Traceback" in log.read_text()[before:]
+
+
+def test_nothing_outlives_a_driver_that_is_killed_and_the_run_continues(start: Start, directory: Path) -> None:
+    with start("killed") as run:
+        steps_of(run, 4)
+        run.process.kill()
+        assert run.survivors() == []
+    step = saved_step(directory)
+    # A kill can come in the middle of a write.
+    for name in ("metrics", "heldout", "heldout_responses", "samples", "timeline"):
+        path = directory / "run" / f"{name}.jsonl"
+        path.write_bytes(path.read_bytes()[:-5])
+    with start("resumed") as run:
+        run.until_said("all up after")
+        for name, key in (("metrics", "step"), ("heldout", "version"), ("timeline", "step")):
+            assert max(line[key] for line in lines(directory / "run" / f"{name}.jsonl")) <= step + 1
+        steps_of(run, 5)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 130
+        assert run.survivors() == []
+    last = saved_step(directory)
+    assert [line["step"] for line in lines(directory / "run" / "metrics.jsonl")] == list(range(1, last + 1))
+    evaluated = [line["version"] for line in lines(directory / "run" / "heldout.jsonl")]
+    assert evaluated == sorted(set(evaluated)) and set(range(0, last, 2)) <= set(evaluated)
+    for name in ("heldout_responses", "samples"):
+        assert sorted({line["version"] for line in lines(directory / "run" / f"{name}.jsonl")}) == evaluated
+    # Of the updates that a kill took back, those that were made again count.
+    trained = {line["step"]: line["uids"] for line in lines(directory / "trained.jsonl")}
+    for first in range(1, last - EPOCH + 2, EPOCH):
+        epoch = [uid for step in range(first, first + EPOCH) for uid in trained[step]]
+        assert len(epoch) == len(set(epoch)) == PROMPTS * EPOCH, first
+
+
+ENDLESS = """
+import asyncio, sys, time
+from s2w.stopping import run_stoppable, uninterrupted
+
+@uninterrupted
+async def update():
+    print("busy", flush=True)
+    await asyncio.sleep(100)
+
+run_stoppable(update(), lambda: print("stopping", flush=True), lambda: "ended at once")
+"""
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with live_run(["-c", ENDLESS], tmp_path / "output.txt") as run:
+        run.until_said("busy")
+        run.process.send_signal(signal.SIGTERM)
+        run.until_said("stopping")
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(5) == 130
+        assert last_line(run) == "s2w: ended at once"
+
+
+BUSY = """
+import sys
+sys.path[:0] = {path}
+from test_data_tasks import prompt
+from s2w.data.tasks import generate
+from s2w.data.verifier_process import VerifierProcess
+if __name__ == "__main__":
+    entry = generate("countdown", 1, 1, seed=0)[0][0]
+    verifier = VerifierProcess(timeout_s=5.0)
+    print("verifies", flush=True)
+    verifier.verify(prompt("countdown", entry["answer"], entry=entry), "9**9**9")
+"""
+
+
+def test_a_verifier_in_an_endless_answer_does_not_outlive_its_run(tmp_path: Path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY.format(path=[str(TESTS), str(TESTS.parent)]))
+    with live_run([str(script)], tmp_path / "output.txt") as run:
+        run.until_said("verifies")
+        run.until(lambda: any(process.cpu_percent(0.1) > 20 for process in run.processes()))
+        run.process.kill()
+        assert run.family and run.survivors() == []
