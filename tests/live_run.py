@@ -25,10 +25,11 @@ class LiveRun:
     Args:
         process: its driver.
         output: file that its output goes to.
+        ray_directory: Ray's, of the cluster that it starts or joins.
     """
 
-    def __init__(self, process: psutil.Popen, output: Path) -> None:
-        self.process, self.output = process, output
+    def __init__(self, process: psutil.Popen, output: Path, ray_directory: str) -> None:
+        self.process, self.output, self.ray_directory = process, output, ray_directory
         self.family: dict[int, psutil.Process] = {}
         """All descendants that were seen, by pid."""
 
@@ -76,15 +77,18 @@ def _runs(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def live_run(command: list[str], output: Path, *, ignore_sigint: bool = False) -> Iterator[LiveRun]:
+def live_run(
+    command: list[str], output: Path, *, cluster: LiveRun | None = None, ignore_sigint: bool = False
+) -> Iterator[LiveRun]:
     """Starts ``command`` in a session of its own; what is left of it at the end is killed.
 
     Args:
         command: arguments of Python.
+        cluster: a Ray head that the command joins.
         ignore_sigint: as a shell without job control starts a job in the background.
     """
     # Ray joins a cluster that it finds in its directory; sockets there have paths of at most 107 bytes.
-    ray_directory = tempfile.mkdtemp(prefix="s2w-", dir="/tmp")
+    ray_directory = cluster.ray_directory if cluster else tempfile.mkdtemp(prefix="s2w-", dir="/tmp")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignore_sigint else signal.SIG_DFL)
     try:
         with output.open("w") as file:
@@ -94,7 +98,7 @@ def live_run(command: list[str], output: Path, *, ignore_sigint: bool = False) -
             )  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, before)
-    run = LiveRun(process, output)
+    run = LiveRun(process, output, ray_directory)
     try:
         yield run
     finally:
@@ -102,4 +106,5 @@ def live_run(command: list[str], output: Path, *, ignore_sigint: bool = False) -
             if member.is_running():
                 member.kill()
         process.wait()
-        shutil.rmtree(ray_directory, ignore_errors=True)
+        if cluster is None:
+            shutil.rmtree(ray_directory, ignore_errors=True)

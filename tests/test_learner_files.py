@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from s2w.records import Prompt, Rollout, Scored, TeacherSignal
 from s2w.weights.names import CheckpointStream
 
 
-def test_commit_keeps_the_last_and_hides_the_unfinished(tmp_path: Path) -> None:
+def test_commit_keeps_the_last_and_hides_the_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoint.latest(tmp_path) is None
     for step in (1, 2, 30):
         partial = checkpoint.begin(tmp_path, step)
@@ -33,7 +34,23 @@ def test_commit_keeps_the_last_and_hides_the_unfinished(tmp_path: Path) -> None:
     # A save that dies leaves the last checkpoint in place, and its rest is cleared by the next one.
     (checkpoint.begin(tmp_path, 31) / "weights").write_text("half")
     assert checkpoint.latest(tmp_path) == checkpoint.step_dir(tmp_path, 30)
-    assert list(checkpoint.begin(tmp_path, 31).iterdir()) == []
+    partial = checkpoint.begin(tmp_path, 32)
+    assert list(tmp_path.glob("*.partial")) == [partial] and list(partial.iterdir()) == []
+
+    # A deletion that dies leaves nothing that is taken for a checkpoint.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoint.commit(partial, {"step": 32}, keep=1)
+    assert checkpoint.latest(tmp_path) == checkpoint.step_dir(tmp_path, 32)
+    assert not checkpoint.step_dir(tmp_path, 2).exists()
+    checkpoint.commit(checkpoint.begin(tmp_path, 33), {"step": 33}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000033"]
+
+
+def killed(path: Path) -> None:
+    """A deletion that ends after its first file."""
+    next(path.iterdir()).unlink()
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", ["tied", "moe"])

@@ -157,6 +157,24 @@ def test_nothing_outlives_a_driver_that_is_killed_and_the_run_continues(start: S
         assert len(epoch) == len(set(epoch)) == PROMPTS * EPOCH, first
 
 
+def test_nothing_outlives_a_driver_that_is_killed_on_a_standing_cluster(start: Start, directory: Path) -> None:
+    head_command = [
+        "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port=0", "--num-cpus=2",
+        "--include-dashboard=false", "--disable-usage-stats",
+    ]  # fmt: skip
+    with live_run(head_command, directory / "head.txt") as head:
+        head.until_said("Ray runtime started")
+        with start("standing", cluster=head) as run:
+            run.until_said("all up after")
+            titles = ("VLLM::EngineCore", "ray::RolloutEngine", "ray::TeacherEngine", "ray::LearnerRank")
+            # Children of the cluster's, not of the driver.
+            assert [len(head.processes(title)) for title in titles] == [2, 1, 1, 2]
+            run.family = {process.pid: process for title in titles for process in head.processes(title)}
+            run.process.kill()
+            assert run.survivors() == []
+        assert head.process.poll() is None
+
+
 ENDLESS = """
 import asyncio, sys, time
 from s2w.stopping import run_stoppable, uninterrupted
