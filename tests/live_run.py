@@ -37,7 +37,7 @@ class LiveRun:
         """What it has printed so far, to both of its streams."""
         return self.output.read_text()
 
-    def until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 400) -> None:
         """Waits for ``condition``; fails if the run ends before."""
         end = time.monotonic() + seconds
         while not condition():
@@ -45,7 +45,7 @@ class LiveRun:
             assert time.monotonic() < end, self.text()
             time.sleep(0.05)
 
-    def until_said(self, words: str, seconds: float = 240) -> None:
+    def until_said(self, words: str, seconds: float = 400) -> None:
         """Waits until it has printed ``words``."""
         self.until(lambda: words in self.text(), seconds)
 

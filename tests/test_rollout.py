@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w.config import RolloutConfig
 from s2w.errors import ConfigError
+from s2w.failures import reason
 from s2w.models.checkpoint import ModelReference, resolve_path
 from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.engine import ATTEMPTS
@@ -255,3 +258,31 @@ def test_engines_compute_log_probs_of_given_tokens(
     expected = expected.gather(-1, torch.from_numpy(ids).long()[1:, None])[:, 0]
     for engine in loop.run_until_complete(pool.log_probs(ids)):
         np.testing.assert_allclose(engine, expected.numpy(), atol=2e-4)
+
+
+def test_calls_of_an_engine_that_dies_end_within_seconds(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    """Last of the file: the engine is gone afterwards. vLLM itself would let the pause wait for ever."""
+    engine = pool.engines[1]
+
+    def core(engine: Any) -> int:
+        return engine.llm.engine_core.resources.engine_manager.processes[0].pid
+
+    async def kill() -> list[Any]:
+        pid = await engine.__ray_call__.remote(core)
+        os.kill(pid, signal.SIGSTOP)
+        calls = [
+            asyncio.ensure_future(call)
+            for call in (
+                pool.receive_weights(1, "pause"),
+                engine.generate.remote(make_prompts(1)[0], 0),
+                engine.log_probs.remote(make_prompts(1)[0].token_ids),
+            )
+        ]
+        await asyncio.wait(calls, timeout=1)
+        assert not any(call.done() for call in calls)
+        os.kill(pid, signal.SIGKILL)
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 15)
+        return [pid, *results]
+
+    pid, *errors = loop.run_until_complete(kill())
+    assert [reason(error) for error in errors] == [f"its EngineCore process {pid} was killed by SIGKILL"] * 3

@@ -96,7 +96,10 @@ def test_sigterm_ends_a_run_whose_sigint_is_ignored(start: Start, directory: Pat
 @pytest.mark.parametrize(
     ("title", "said"),
     [
-        ("VLLM::EngineCore", r"(rollout engine|teacher) 0 died: its EngineCore process \d+ was killed by SIGKILL; "),
+        (
+            "VLLM::EngineCore",
+            r"engine 0(?: died)?: its EngineCore process \d+ was killed by SIGKILL; .*rollout\.kv_cache_gib",
+        ),
         (
             "ray::LearnerRank",
             r"learner rank [01] died in \w+: its process \d+ was killed or crashed; .*learner\.tokens_per_micro_batch",

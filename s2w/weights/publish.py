@@ -142,7 +142,9 @@ class SwapError(RuntimeError):
 
     def __init__(self, version: int, step: str, engines: dict[int, BaseException]) -> None:
         self.engines = engines
-        reasons = "; ".join(f"engine {engine}: {reason(error)}" for engine, error in engines.items())
+        reasons = "; ".join(
+            f"engine {engine}: {reason(error, f'rollout engine {engine}')}" for engine, error in engines.items()
+        )
         super().__init__(f"swap to version {version} failed to {step}: {reasons}")
 
 
