@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import reasoning_gym
 
 from s2w.data.tasks import derive_seed, generate, score, task_names
-from s2w.data.verifier_process import VerifierProcess
+from s2w.data.verifier_process import VerifierClosedError, VerifierProcess
 from s2w.data.verifiers import check_verifier, extract_answer, verify
 from s2w.errors import ConfigError
 from s2w.records import Prompt
@@ -145,3 +148,17 @@ def test_answer_that_never_ends_scores_zero() -> None:
         assert verifier.verify(countdown, entry["answer"]) == 1.0
         with pytest.raises(ConfigError, match="it has no task"):
             verifier.verify(prompt("", None), "4")
+
+
+def test_a_closed_verifier_starts_no_other_process() -> None:
+    """As when a run ends while a thread still grades."""
+    entry = generate("countdown", 1, 1, seed=0)[0][0]
+    countdown = prompt("countdown", entry["answer"], entry=entry)
+    verifier = VerifierProcess(timeout_s=60.0)
+    with ThreadPoolExecutor(1) as threads:
+        grading = threads.submit(verifier.verify, countdown, "9**9**9")
+        time.sleep(0.5)
+        verifier.close()
+        with pytest.raises(VerifierClosedError):
+            grading.result(10)
+    assert multiprocessing.active_children() == []
