@@ -5,13 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+from ray._private.services import canonicalize_bootstrap_address
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from s2w.config import ClusterConfig
 from s2w.errors import ConfigError
+
+ANSWER_S = 10
+"""How long an address may take to accept a connection, and then to speak Ray's protocol."""
 
 
 @contextmanager
@@ -24,6 +34,7 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
     Raises:
         ConfigError: no cluster answers, or cuda is asked for and the cluster has none.
     """
+    check_address(cluster)
     # Ray says at every start that its default, a token, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_default)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -42,6 +53,50 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
         yield _device(cluster, resources), resources
     finally:
         ray.shutdown()
+
+
+def check_address(cluster: ClusterConfig) -> None:
+    """Sees whether a cluster answers, where one shall be joined: ``ray.init`` retries a dead address for minutes.
+
+    Raises:
+        ConfigError: it is no address, or nothing or something else answers there.
+    """
+    setting, address = "cluster.address", cluster.address
+    # Ray's own rule: the environment replaces no address, and auto.
+    if (environment := os.environ.get("RAY_ADDRESS")) and address in (None, "auto"):
+        setting, address = "RAY_ADDRESS", environment
+    if address in (None, "local"):
+        return
+    if address == "auto":
+        try:
+            found = canonicalize_bootstrap_address(address)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"{setting}=auto: no Ray cluster runs on this machine; start one (ray start --head), or write null"
+            ) from error
+    else:
+        found = address.removeprefix("ray://")
+    host, _, port = str(found).rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535 or "://" in host:
+        raise ConfigError(f"{setting}={address}: write HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+        channel = init_grpc_channel(f"{host}:{port}", options=GLOBAL_GRPC_OPTIONS)
+        try:
+            if address.startswith("ray://"):
+                grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
+            else:
+                NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_S)
+        finally:
+            channel.close()
+    except (OSError, grpc.FutureTimeoutError, grpc.RpcError) as error:
+        if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return  # A cluster, to which ray.init says what is wrong with the token.
+        reason = error.strerror or str(error) if isinstance(error, OSError) else "what listens there is something else"
+        raise ConfigError(
+            f"{setting}={address}: no Ray cluster answers at {host}:{port} ({reason}): check that its head is up and "
+            "its port open from here (6379, or 10001 after ray://)"
+        ) from error
 
 
 def _is_no_default(record: logging.LogRecord) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from s2w import config as schema
+from s2w.bounds import describe, type_hints
 from s2w.config import Config, EvalRun
 from s2w.errors import ConfigError
 
@@ -114,9 +117,10 @@ def help_text(kind: type = Config) -> str:
         choices = ", ".join(sorted(path.stem for path in (config_directory() / group).glob("*.yaml")))
         lines.append(f"  {group}={choices}")
     lines += ["", "Settings (NAME=VALUE):"]
+    ranges = dict(_ranges(kind, ""))
     for name, default, text in settings(kind):
         shown = "must be given" if default is MISSING else f"default: {default}"
-        lines.append(f"  {name}  ({shown})")
+        lines.append(f"  {name}  ({'; '.join(filter(None, (shown, ranges[name])))})")
         lines += [f"      {line.strip()}" for line in text.splitlines()]
     return "\n".join(lines) + "\n"
 
@@ -136,6 +140,17 @@ def _walk(kind: type, prefix: str) -> Any:
             yield prefix + field.name, shown, text.strip()
 
 
+def _ranges(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
+    """Every setting's range in words, by dotted name."""
+    for name, hint in type_hints(kind).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from _ranges(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name, describe(hint)
+
+
+@functools.cache
 def _documentation(kind: type) -> dict[str, str]:
     """The string under each name of a class, as config.py writes them."""
     tree = ast.parse(inspect.getsource(kind)).body[0]

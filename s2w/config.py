@@ -1,17 +1,32 @@
 """Every setting of s2w, as OmegaConf structured configs; ``s2w train --help`` prints this file's text.
 
-A setting is documented by the string under it. :mod:`s2w.validate` refuses impossible combinations
-before anything starts. ``dtype: auto`` is bfloat16 where the hardware multiplies it natively (CUDA, AMX,
-AVX512-BF16) and float32 elsewhere.
+A setting is documented by the string under it, and its range is part of its type: :mod:`s2w.bounds` refuses what is
+outside, :mod:`s2w.validate` impossible combinations, before anything starts. ``dtype: auto`` is bfloat16 where the
+hardware multiplies it natively (CUDA, AMX, AVX512-BF16) and float32 elsewhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Gt, Interval
 from omegaconf import MISSING
+
+from s2w.bounds import OneOf, Or
+
+Positive = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Nonnegative = Annotated[float, Ge(0)]
+AboveZero = Annotated[float, Gt(0)]
+Temperature = Annotated[float, Interval(ge=0.01, le=2), Or(0)]
+"""What vLLM samples at as it is written: it takes what is closer to 0 for 0.01."""
+TopP = Annotated[float, Interval(gt=0, le=1)]
+TopK = Annotated[int, Ge(1), Or(-1)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+EngineDtype = Annotated[str, OneOf(("auto", "bfloat16", "float16", "float32"))]
 
 
 class SignalKind(StrEnum):
@@ -99,31 +114,31 @@ class TeacherConfig:
     """Hub id or path of the teacher's checkpoint."""
     revision: str | None = None
     """Hub revision; null is the default branch."""
-    dtype: str = "auto"
+    dtype: EngineDtype = "auto"
     """auto, bfloat16, float16 or float32."""
-    replicas: int = 1
+    replicas: Positive = 1
     """Engines that share the scoring."""
-    tensor_parallel: int = 1
+    tensor_parallel: Positive = 1
     """GPUs (CPU: worker processes) that share each layer."""
-    pipeline_parallel: int = 1
+    pipeline_parallel: Positive = 1
     """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
     expert_parallel: bool = False
     """Spread whole experts over the tensor-parallel ranks (MoE teachers)."""
-    max_model_len: int | None = None
+    max_model_len: Positive | None = None
     """Longest prompt plus response; null takes data.max_prompt_tokens + rollout.max_tokens."""
-    max_batched_tokens: int = 2048
+    max_batched_tokens: Positive = 2048
     """Tokens of one prefill chunk."""
-    max_sequences: int = 64
+    max_sequences: Positive = 64
     """Requests that one engine scores at once."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that vLLM takes."""
-    kv_cache_gib: int = 1
+    kv_cache_gib: Positive = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
     """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
-    cpus: float = 0.5
+    cpus: Nonnegative = 0.5
     """Ray CPUs that one engine reserves."""
-    threads: int | None = None
+    threads: Positive | None = None
     """CPU only: cores of an engine; null is all of the node's."""
 
 
@@ -137,7 +152,7 @@ class StudentConfig:
     """Hub revision; null is the default branch."""
     init: StudentInit = StudentInit.checkpoint
     """Where the first weights come from."""
-    keep_layers: int | None = None
+    keep_layers: Positive | None = None
     """init=pruned: layers kept, evenly spaced, the first and the last among them."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """init=fresh: fields of the model's configuration to change, as {num_hidden_layers: 4}."""
@@ -150,44 +165,44 @@ class StudentConfig:
 class RolloutConfig:
     """The pool of vLLM engines that run the student."""
 
-    engines: int = 1
+    engines: Positive = 1
     """Engines of the pool; a setting of its own, whatever the learner and the teacher have."""
-    tensor_parallel: int = 1
+    tensor_parallel: Positive = 1
     """GPUs (CPU: worker processes) that share each layer."""
-    pipeline_parallel: int = 1
+    pipeline_parallel: Positive = 1
     """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
     expert_parallel: bool = False
     """Spread the experts of a MoE student over the workers of an engine."""
-    max_tokens: int = 1024
+    max_tokens: Positive = 1024
     """Longest response."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """Of sampling; 0 is greedy."""
-    top_p: float = 1.0
+    top_p: TopP = 1.0
     """Nucleus sampling; 1 keeps every token."""
-    top_k: int = -1
+    top_k: TopK = -1
     """-1 keeps every token."""
-    thinking_budget: int | None = None
+    thinking_budget: Positive | None = None
     """Response tokens after which a think block that is still open is closed; null lets it run to max_tokens."""
     stop_thinking: str = (
         "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
         "</think>.\n\n"
     )
     """What closes it, inserted after thinking_budget tokens (Qwen3 Technical Report, section 4.3)."""
-    dtype: str = "auto"
+    dtype: EngineDtype = "auto"
     """auto, bfloat16, float16 or float32."""
-    max_sequences: int = 64
+    max_sequences: Positive = 64
     """Requests that one engine runs at once."""
-    max_batched_tokens: int | None = None
+    max_batched_tokens: Positive | None = None
     """Tokens of one prefill chunk; null is vLLM's default (on CPU: whole prompts, never split)."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that vLLM takes."""
-    kv_cache_gib: int = 1
+    kv_cache_gib: Positive = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
     """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
-    cpus: float = 0.5
+    cpus: Nonnegative = 0.5
     """Ray CPUs that one engine reserves."""
-    threads: int | None = None
+    threads: Positive | None = None
     """CPU only: cores of an engine; null is all of the node's."""
 
 
@@ -195,44 +210,44 @@ class RolloutConfig:
 class LearnerConfig:
     """The DeepSpeed ranks that update the student."""
 
-    ranks: int = 1
+    ranks: Positive = 1
     """Processes of the learner group, a GPU each on a GPU cluster."""
-    zero_stage: int = 2
+    zero_stage: Annotated[int, Interval(ge=0, le=3)] = 2
     """0 to 3; 3 shards the weights too."""
-    dtype: str = "auto"
+    dtype: Annotated[str, OneOf(("auto", "bfloat16", "float32"))] = "auto"
     """Of the weights that the products use; the optimizer's master copy is always float32."""
-    learning_rate: float = 1e-5
+    learning_rate: AboveZero = 1e-5
     """The highest, reached after warm-up."""
     schedule: Schedule = Schedule.constant
     """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps of linear warm-up."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """schedule=cosine: the last learning rate over the highest one."""
-    weight_decay: float = 0.0
+    weight_decay: Nonnegative = 0.0
     """AdamW's, on matrices only."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """AdamW's decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
     """AdamW's decay of the second moment."""
-    eps: float = 1e-8
+    eps: AboveZero = 1e-8
     """AdamW's term in the denominator."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Nonnegative = 1.0
     """0 does not clip."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: Natural = 3
     """Steps in a row that may have a gradient that is not finite. The weights stay as they are in such a step; one more
     ends the run."""
-    tokens_per_micro_batch: int = 4096
+    tokens_per_micro_batch: Positive = 4096
     """Prompt and response tokens, padding included, of one forward and backward pass of a rank."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more work."""
-    attention: str = "sdpa"
+    attention: Annotated[str, OneOf(("sdpa", "eager", "flash_attention_2"))] = "sdpa"
     """transformers' attn_implementation: sdpa, eager or flash_attention_2."""
-    cpus: float = 0.5
+    cpus: Nonnegative = 0.5
     """Ray CPUs that one rank reserves."""
-    gpus: float = 1.0
+    gpus: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Ray GPUs that one rank reserves on a GPU cluster."""
-    threads: int | None = None
+    threads: Positive | None = None
     """CPU only: threads of one rank; null shares the node's cores out among the ranks."""
 
 
@@ -242,11 +257,11 @@ class SignalConfig:
 
     kind: SignalKind = SignalKind.hidden
     """hidden, topk, ids or sampled."""
-    top_k: int = 64
+    top_k: Positive = 64
     """Ids a token, for topk and ids."""
     dtype: SignalDtype = SignalDtype.auto
     """kind=hidden: auto, bfloat16 or float8."""
-    bias_every: int = 0
+    bias_every: Natural = 0
     """kind=hidden: every so many steps, measure on one micro-batch of each rank what topk, ids and sampled would have
     said instead (metrics.jsonl, `s2w signals RUN`); 0 never."""
 
@@ -259,21 +274,21 @@ class LossConfig:
     """What the on-policy phase minimises: divergence or grpo."""
     divergence: str = "forward_kl"
     """A name of s2w.learner.divergence: forward_kl, reverse_kl, jsd, ..."""
-    beta: float = 0.5
+    beta: Share = 0.5
     """jsd: weight of the teacher in the mixture (GKD, arXiv 2306.13649, eq. 1)."""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """skew_forward_kl, skew_reverse_kl, alpha_divergence: their alpha."""
-    temperature: float = 1.0
+    temperature: AboveZero = 1.0
     """Divides the logits of both sides."""
     temperature_squared: bool = True
     """Multiply the loss by temperature^2, which keeps the gradient's size (Hinton et al. 2015, section 2)."""
-    discount: float = 0.0
+    discount: Share = 0.0
     """signal.kind=sampled: gamma above 0 credits a token with the log-ratios of those after it too, each gamma^distance
     times; 1 is the gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
-    importance_limit: float | None = None
+    importance_limit: AboveZero | None = None
     """signal.kind=sampled: upper limit of a stale token's importance weight q / q_sampling (V-trace's rho-bar, arXiv
     1802.01561); null is none."""
-    chunk_rows: int = 1024
+    chunk_rows: Positive = 1024
     """Rows of the [rows, vocabulary] buffers: memory of the loss, not its value."""
 
 
@@ -286,14 +301,14 @@ class RewardConfig:
     them), and every token of the step has the same weight.
     """
 
-    weight: float = 0.0
+    weight: Nonnegative = 0.0
     """loss.objective=divergence: weight of GRPO's loss beside the divergence (the joint objective of KDRL, arXiv
     2506.02208), so that the student can pass its teacher; 0 leaves it out."""
     normalize: bool = True
     """Divide the advantages of a prompt by their standard deviation (GRPO; false as in Dr. GRPO, arXiv 2503.20783)."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Interval(gt=0, lt=1)] = 0.2
     """Lower clipping of the importance ratio (PPO's epsilon); of effect only on stale tokens."""
-    clip_high: float = 0.2
+    clip_high: AboveZero = 0.2
     """Upper clipping of the importance ratio."""
 
 
@@ -301,28 +316,28 @@ class RewardConfig:
 class LoopConfig:
     """The loop: generate, score, update, hot swap."""
 
-    steps: int = 100
+    steps: Natural = 100
     """Updates of the student; 0 leaves the on-policy phase out."""
-    prompts_per_step: int = 64
+    prompts_per_step: Positive = 64
     """Prompts of a batch."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Positive = 1
     """Responses to each of them."""
-    off_policy_fraction: float = 0.0
+    off_policy_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of a batch's prompts whose responses are the teacher's, out of the off-policy set, instead of the
     student's: 1 - lambda of GKD (arXiv 2306.13649, algorithm 1). They are scored and learned like the others."""
-    unreliable_weight: float = 1.0
+    unreliable_weight: Share = 1.0
     """Below 1, responses where the teacher is known to be wrong teach less: the divergence at their tokens weighs
     u + (1 - u) r, where u is this number and r the share of the teacher's own answers to the prompt, in the off-policy
     set, that were verified. (That a teacher's samples may all be wrong on a prompt, and what then: arXiv 2605.09725.)
     Prompts that the teacher did not answer weigh 1."""
-    max_staleness: int = 0
+    max_staleness: Natural = 0
     """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
     written by the weights that learn from it. n: generation runs up to n batches ahead."""
-    eval_every: int = 0
+    eval_every: Natural = 0
     """Held-out KL every so many steps, beside before and after; 0 is only before and after."""
-    checkpoint_every: int = 0
+    checkpoint_every: Natural = 0
     """A checkpoint every so many steps, beside the last; 0 is only the last."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Positive = 2
     """The last ones that stay on disk."""
 
 
@@ -334,15 +349,15 @@ class FilterConfig:
     """Drop those that were cut off, at the token limit or by an engine (finish_reason other than stop)."""
     format: bool = True
     """Drop those that leave their think block open, or think in no_think mode, or do not in think mode."""
-    min_tokens: int = 1
+    min_tokens: Natural = 1
     """Drop shorter responses, in tokens."""
-    max_tokens: int | None = None
+    max_tokens: Positive | None = None
     """Drop longer responses; null is off_policy.max_tokens. Prompts longer than data.max_prompt_tokens go too."""
-    loop_ngram: int = 128
+    loop_ngram: Natural = 128
     """Drop responses that repeat up to so many tokens again and again, four times in a row or more; 0 drops none."""
-    loop_tokens: int = 64
+    loop_tokens: Natural = 64
     """Tokens that such repetitions must cover."""
-    cjk_share: float = 0.01
+    cjk_share: Share = 0.01
     """Drop responses of which more than this share of characters is Chinese, Japanese or Korean, to prompts without
     any; 1 drops none."""
     duplicates: bool = True
@@ -355,44 +370,44 @@ class FilterConfig:
 class OffPolicyConfig:
     """The first phase: the teacher answers, in every mode, and the student learns its answers."""
 
-    steps: int = 0
+    steps: Natural = 0
     """Updates of the student in this phase; 0 leaves the phase out. They may run over the responses several times."""
     loss: Objective = Objective.cross_entropy
     """What is learned from each response: cross_entropy or divergence."""
     path: str | None = None
     """Ready responses instead of generated ones: a JSONL or Parquet file, or a directory of Parquet files, with the
     columns `messages` (the last one the assistant's), or `prompt` and `response`; also `mode`, `task`, `answer`."""
-    prompts: int | None = None
+    prompts: Positive | None = None
     """Training prompts that the teacher answers, each in all of data.modes; null is all of them."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Positive = 1
     """Responses to each of them, in each mode."""
-    max_tokens: int = 1024
+    max_tokens: Positive = 1024
     """Longest response."""
-    temperature: float = 0.6
+    temperature: Temperature = 0.6
     """Of the teacher's sampling; 0 is greedy. The defaults are Qwen3's own for thinking."""
-    top_p: float = 0.95
+    top_p: TopP = 0.95
     """Nucleus sampling; 1 keeps every token."""
-    top_k: int = 20
+    top_k: TopK = 20
     """-1 keeps every token."""
-    engines: int | None = None
+    engines: Positive | None = None
     """vLLM engines that generate, before any other part starts; null is teacher.replicas."""
-    shard_responses: int = 512
+    shard_responses: Positive = 512
     """Responses of one Parquet file; what an interruption can lose."""
-    responses_per_step: int = 64
+    responses_per_step: Positive = 64
     """Responses of an update."""
-    heldout_responses: int = 64
+    heldout_responses: Natural = 64
     """Responses kept out of training for the held-out loss; none of their prompts is trained on."""
-    learning_rate: float = 1e-5
+    learning_rate: AboveZero = 1e-5
     """The highest of this phase, reached after warm-up. Everything else of the optimizer is the learner's."""
     schedule: Schedule = Schedule.cosine
     """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step of the phase."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps of linear warm-up."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: Share = 0.0
     """schedule=cosine: the last learning rate over the highest one."""
-    eval_every: int = 0
+    eval_every: Natural = 0
     """Held-out loss every so many steps, beside before and after; 0 is only before and after."""
-    checkpoint_every: int = 0
+    checkpoint_every: Natural = 0
     """A checkpoint every so many steps, beside the last; 0 is only the last."""
     filters: FilterConfig = field(default_factory=FilterConfig)
 
@@ -406,24 +421,24 @@ class DataConfig:
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
     path: str | None = None
-    """Instead of tasks: a JSONL or Parquet file of prompts, with a column `messages` or `prompt`."""
+    """Instead of tasks: a JSONL, Parquet or CSV file of prompts, with a column `messages` or `prompt`."""
     heldout_path: str | None = None
     """File of held-out prompts; null takes the last heldout_prompts of `path`."""
-    train_prompts: int = 1024
+    train_prompts: Positive = 1024
     """Prompts generated for training (tasks only); more steps than they last start another epoch."""
-    heldout_prompts: int = 64
+    heldout_prompts: Positive = 64
     """Prompts of the held-out evaluation, one response each."""
     modes: list[Mode] = field(default_factory=list)
     """Modes of the prompts that do not say their own, in equal parts: think, no_think; empty means all that the chat
     template can ask for."""
     task_modes: dict[str, Any] = field(default_factory=dict)
     """Modes of single tasks, by name: {chain_sum: [no_think]}; the others have those of `modes`."""
-    think_ratio: float | None = None
+    think_ratio: Share | None = None
     """Share of on-policy training prompts in think mode, among those that may be in either; each prompt's mode is then
     drawn anew for every batch. null: a prompt keeps its mode, in equal parts."""
-    think_ratio_end: float | None = None
+    think_ratio_end: Share | None = None
     """The same at the last step: the share moves there from think_ratio linearly; null keeps it."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Positive = 1024
     """A longer prompt is refused."""
     system_prompt: str | None = None
     """Put before messages that have no system turn."""
@@ -437,11 +452,11 @@ class ClusterConfig:
 
     address: str | None = None
     """Ray address; null joins the cluster of `ray job submit` or starts one on this machine."""
-    device: str = "auto"
+    device: Annotated[str, OneOf(("auto", "cuda", "cpu"))] = "auto"
     """cuda, cpu, or auto: cuda if the cluster has GPUs."""
     log_to_driver: bool = False
     """Show what the actors print (vLLM's and DeepSpeed's messages); Ray's log directory has it in any case."""
-    start_timeout_s: int = 900
+    start_timeout_s: Positive = 900
     """How long actors may take to be placed and to load their models."""
 
 
@@ -453,7 +468,7 @@ class RunConfig:
     """The run directory."""
     name: str = "s2w"
     """The run's name, in the directory and in W&B."""
-    seed: int = 0
+    seed: Seed = 0
     """Of data order, sampling and fresh weights."""
     resume: bool = False
     """Continue the run in run.dir from its last checkpoint."""
@@ -467,7 +482,7 @@ class RunConfig:
     """The W&B project."""
     preflight: Preflight = Preflight.none
     """Fail at the start if the learner does not see what the teacher says: none, divergence or log_probs."""
-    probe_tolerance: float | None = None
+    probe_tolerance: AboveZero | None = None
     """Mean |log-prob difference| between engine and learner, in nats, above which a swap fails the run; null is
     0.001 where both run in float32 and 0.25 otherwise."""
 
@@ -480,7 +495,7 @@ class EvalConfig:
     """reasoning-gym task names."""
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
-    problems: int = 64
+    problems: Positive = 64
     """Problems generated for each task; they are those that `s2w train` holds out with the same seed."""
     path: str | None = None
     """Instead of tasks: a file of problems (JSONL, Parquet or CSV), or hf://datasets/OWNER/NAME[@REVISION]/FILE."""
@@ -492,19 +507,19 @@ class EvalConfig:
     """Multiple choice: columns with the wrong answers; choices are shuffled, and the right answer is a letter."""
     template: str = "{question}"
     """Text of the user's message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
-    verifier: str = "math_verify"
+    verifier: Annotated[str, OneOf(("math_verify", "exact_match"))] = "math_verify"
     """How answers of a file are checked: math_verify or exact_match. (Letters of choices: always exact_match.)"""
-    samples: int = 4
+    samples: Positive = 4
     """Responses to each problem in each mode."""
-    k: list[int] = field(default_factory=lambda: [1])
+    k: list[Positive] = field(default_factory=lambda: [1])
     """The k of pass@k, none above samples."""
     modes: list[Mode] = field(default_factory=list)
     """think, no_think; empty means all that the chat template can ask for."""
-    thinking_budgets: list[int | None] = field(default_factory=list)
+    thinking_budgets: list[Positive | None] = field(default_factory=list)
     """Measure think mode at each of these budgets, null being none; empty means rollout.thinking_budget alone."""
-    seed: int = 0
+    seed: Seed = 0
     """Of generated problems, sampling, the order of choices and the bootstrap."""
-    max_prompt_tokens: int = 4096
+    max_prompt_tokens: Positive = 4096
     """A longer prompt is refused."""
     system_prompt: str | None = None
     """Put before messages that have no system turn."""

@@ -22,3 +22,7 @@ class PreflightError(RuntimeError):
 
 class RunError(RuntimeError):
     """A run failed (:mod:`s2w.failures`); the message is one sentence for the user."""
+
+
+class RequestRefusedError(ValueError):
+    """An engine does not take a request, and would not take it again; the message is one sentence for the user."""

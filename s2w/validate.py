@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,34 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from s2w.config import Config, LoopConfig, Objective, Preflight, SignalDtype, SignalKind, StudentInit
+from s2w.bounds import check_bounds
+from s2w.config import (
+    Config,
+    LoopConfig,
+    Objective,
+    Preflight,
+    RolloutConfig,
+    SignalDtype,
+    SignalKind,
+    StudentConfig,
+    StudentInit,
+    TeacherConfig,
+)
+from s2w.data.files import rows
 from s2w.errors import ConfigError
+from s2w.hardware import resolve_dtype
 from s2w.learner.carriage import carries
 from s2w.learner.divergence import make_divergence
 from s2w.models.checkpoint import Checkpoint, read_checkpoint
+from s2w.models.parallel import check_parallel
+from s2w.models.shards import check_weights
 from s2w.models.tokenizers import SharedVocabulary, compare_tokenizers
 from s2w.modes import add_thinking_switch
+from s2w.off_policy.shards import response_files
 from s2w.records import Prompt
 from s2w.rollout.thinking import check_thinking_budget
 from s2w.teacher.routing import DEFAULT, routes, teacher_settings
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 MAY_CHANGE = (
     "cluster.", "run.", "rollout.engines", "rollout.cpus", "rollout.threads", "rollout.kv_cache_gib",
     "teacher.replicas", "teacher.cpus", "teacher.threads", "teacher.kv_cache_gib", "learner.cpus", "learner.threads",
@@ -51,7 +67,8 @@ def check(config: Config, *, generating: bool = False) -> Facts:
     Raises:
         ConfigError: one sentence: what is wrong, where, what to write instead.
     """
-    _check_numbers(config)
+    check_bounds(config)
+    _check_combinations(config)
     _check_loss(config)
     _check_signal(config)
     _check_preflight(config)
@@ -60,6 +77,9 @@ def check(config: Config, *, generating: bool = False) -> Facts:
     _check_run_directory(config)
     teachers = teacher_settings(config)
     _check_routes(config)
+    for name, settings in teachers.items():
+        if name != DEFAULT:
+            check_bounds(settings, f"teachers.{name}.")
     teacher = read_checkpoint(config.teacher.model, config.teacher.revision)
     student = read_checkpoint(config.student.model, config.student.revision)
     vocabulary = compare_tokenizers(teacher, student)
@@ -81,29 +101,82 @@ def check(config: Config, *, generating: bool = False) -> Facts:
         )
     if (budget := config.rollout.thinking_budget) is not None:
         check_thinking_budget(budget, "rollout.thinking_budget", config.rollout, student.tokenizer)
-    length = config.data.max_prompt_tokens + config.rollout.max_tokens
+    checkpoints = {DEFAULT: teacher, **others}
+    length = _check_lengths(config, teachers, checkpoints, student, generating)
+    for name, settings in teachers.items():
+        check_parallel(
+            _section(name),
+            checkpoints[name].config,
+            tensor_parallel=settings.tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel,
+            expert_parallel=settings.expert_parallel,
+        )
+        check_weights(checkpoints[name])
+    rollout = config.rollout
+    check_parallel(
+        "rollout",
+        student.config,
+        tensor_parallel=rollout.tensor_parallel,
+        pipeline_parallel=rollout.pipeline_parallel,
+        expert_parallel=rollout.expert_parallel,
+        overrides=_changed_fields(config.student),
+    )
+    if config.student.init is not StudentInit.fresh:
+        check_weights(student)
+    return Facts(teacher, student, vocabulary, length)
+
+
+def _changed_fields(student: StudentConfig) -> dict[str, Any]:
+    """Fields of the student's configuration that differ from those of ``student.model``."""
+    if student.init is StudentInit.pruned:
+        return {"num_hidden_layers": student.keep_layers}
+    return dict(student.overrides) if student.init is StudentInit.fresh else {}
+
+
+def _section(teacher: str) -> str:
+    """Where the settings of a teacher stand."""
+    return teacher if teacher == DEFAULT else f"teachers.{teacher}"
+
+
+def _check_lengths(
+    config: Config,
+    teachers: dict[str, TeacherConfig],
+    checkpoints: dict[str, Checkpoint],
+    student: Checkpoint,
+    generating: bool,
+) -> int:
+    """Prompts and responses fit the models' contexts and the teachers' engines.
+
+    Returns:
+        The longest prompt plus response of the student's, tokens.
+    """
+    data, off = config.data, config.off_policy
+    length = data.max_prompt_tokens + config.rollout.max_tokens
     lengths = {"rollout.max_tokens": length}
     if generating or _uses_off_policy(config):
-        lengths["off_policy.max_tokens"] = config.data.max_prompt_tokens + config.off_policy.max_tokens
+        lengths["off_policy.max_tokens"] = data.max_prompt_tokens + off.max_tokens
+    scored = {"rollout.max_tokens": config.loop.steps > 0, "off_policy.max_tokens": bool(_scored_responses(config))}
     for setting, tokens in lengths.items():
-        for side, checkpoint in (("teacher", teacher), ("student", student), *others.items()):
+        for side, checkpoint in (*checkpoints.items(), ("student", student)):
             if checkpoint.max_model_len is not None and tokens > checkpoint.max_model_len:
                 raise ConfigError(
                     f"data.max_prompt_tokens + {setting} = {tokens} is more than the {side}'s context of "
                     f"{checkpoint.max_model_len} tokens: write smaller ones"
                 )
-    for setting, checkpoint, parallel in (
-        ("teacher.tensor_parallel", teacher, config.teacher.tensor_parallel),
-        ("rollout.tensor_parallel", student, config.rollout.tensor_parallel),
-        *(
-            (f"teachers.{name}.tensor_parallel", other, teachers[name].tensor_parallel)
-            for name, other in others.items()
-        ),
-    ):
-        heads = checkpoint.config.get_text_config().num_attention_heads
-        if heads % parallel:
-            raise ConfigError(f"{setting}={parallel} does not divide the {heads} attention heads of the model")
-    return Facts(teacher, student, vocabulary, length)
+        for name, teacher in teachers.items():
+            if scored[setting] and teacher.max_model_len is not None and teacher.max_model_len < tokens:
+                raise ConfigError(
+                    f"{_section(name)}.max_model_len={teacher.max_model_len} is less than data.max_prompt_tokens + "
+                    f"{setting} = {tokens}, which it scores: write at least {tokens}, or null"
+                )
+    for name, teacher in teachers.items():
+        context = checkpoints[name].max_model_len
+        if teacher.max_model_len is not None and context is not None and teacher.max_model_len > context:
+            raise ConfigError(
+                f"{_section(name)}.max_model_len={teacher.max_model_len} is more than the model's context of {context} "
+                "tokens: write a smaller one, or null"
+            )
+    return length
 
 
 def check_resources(config: Config, device: str, available: dict[str, float]) -> None:
@@ -118,6 +191,11 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
     if _uses_off_policy(config) and config.off_policy.path is None:
         check_generation(config, device, available)
     rollout, learner = config.rollout, config.learner
+    if learner.zero_stage == 0 and (dtype := resolve_dtype(learner.dtype, device)) != "float32":
+        raise ConfigError(
+            f"learner.zero_stage=0 would accumulate gradients in {dtype}: write learner.zero_stage=1, or "
+            "learner.dtype=float32"
+        )
     teachers = list(teacher_settings(config).values())
     teacher_cpus = sum(teacher.replicas * teacher.cpus for teacher in teachers)
     cpus = teacher_cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
@@ -154,61 +232,8 @@ def check_generation(config: Config, device: str, available: dict[str, float]) -
             )
 
 
-def _check_numbers(config: Config) -> None:
-    at_least_one = {
-        "teacher.replicas": config.teacher.replicas,
-        "teacher.tensor_parallel": config.teacher.tensor_parallel,
-        "teacher.pipeline_parallel": config.teacher.pipeline_parallel,
-        "teacher.max_batched_tokens": config.teacher.max_batched_tokens,
-        "teacher.max_sequences": config.teacher.max_sequences,
-        "rollout.engines": config.rollout.engines,
-        "rollout.tensor_parallel": config.rollout.tensor_parallel,
-        "rollout.pipeline_parallel": config.rollout.pipeline_parallel,
-        "rollout.max_tokens": config.rollout.max_tokens,
-        "rollout.max_sequences": config.rollout.max_sequences,
-        "learner.ranks": config.learner.ranks,
-        "learner.tokens_per_micro_batch": config.learner.tokens_per_micro_batch,
-        "signal.top_k": config.signal.top_k,
-        "loss.chunk_rows": config.loss.chunk_rows,
-        "loop.prompts_per_step": config.loop.prompts_per_step,
-        "loop.samples_per_prompt": config.loop.samples_per_prompt,
-        "loop.keep_checkpoints": config.loop.keep_checkpoints,
-        "data.heldout_prompts": config.data.heldout_prompts,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}: write at least 1")
-    at_least_zero = {
-        "loop.steps": config.loop.steps,
-        "loop.max_staleness": config.loop.max_staleness,
-        "loop.eval_every": config.loop.eval_every,
-        "loop.checkpoint_every": config.loop.checkpoint_every,
-        "signal.bias_every": config.signal.bias_every,
-        "learner.warmup_steps": config.learner.warmup_steps,
-        "learner.weight_decay": config.learner.weight_decay,
-        "learner.max_grad_norm": config.learner.max_grad_norm,
-        "rollout.temperature": config.rollout.temperature,
-    }
-    for name, amount in at_least_zero.items():
-        if amount < 0:
-            raise ConfigError(f"{name}={amount}: write 0 or more")
-    if config.learner.learning_rate <= 0 or not math.isfinite(config.learner.learning_rate):
-        raise ConfigError(f"learner.learning_rate={config.learner.learning_rate}: write a number above 0")
-    if config.learner.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError(f"learner.zero_stage={config.learner.zero_stage}: DeepSpeed has the stages 0, 1, 2 and 3")
-    for name, dtype in (
-        ("teacher.dtype", config.teacher.dtype),
-        ("rollout.dtype", config.rollout.dtype),
-        ("learner.dtype", config.learner.dtype),
-    ):
-        choices = tuple(d for d in DTYPES if d != "float16") if name == "learner.dtype" else DTYPES
-        if dtype not in choices:
-            raise ConfigError(f"{name}={dtype}: write one of {', '.join(choices)}")
+def _check_combinations(config: Config) -> None:
     data = config.data
-    for name, share in (("data.think_ratio", data.think_ratio), ("data.think_ratio_end", data.think_ratio_end)):
-        if share is not None and not 0 <= share <= 1:
-            raise ConfigError(f"{name}={share}: write a share from 0 to 1")
     if data.think_ratio_end is not None and data.think_ratio is None:
         raise ConfigError(
             f"data.think_ratio_end={data.think_ratio_end} without data.think_ratio: write where it starts"
@@ -220,15 +245,25 @@ def _check_numbers(config: Config) -> None:
         )
     if config.loop.steps == config.off_policy.steps == 0:
         raise ConfigError("loop.steps=0 and off_policy.steps=0: there is nothing to do; give one of them steps")
-    if config.cluster.device not in ("auto", "cuda", "cpu"):
-        raise ConfigError(f"cluster.device={config.cluster.device}: write auto, cuda or cpu")
     if config.run.deterministic and config.loop.max_staleness:
         raise ConfigError(
             f"run.deterministic=true with loop.max_staleness={config.loop.max_staleness}: overlapped batches meet in "
             "the engines differently each time; write loop.max_staleness=0"
         )
+    for name, teacher in teacher_settings(config).items():
+        check_batches(_section(name), teacher)
+    check_batches("rollout", config.rollout)
     if config.student.init is StudentInit.pruned and config.student.keep_layers is None:
         raise ConfigError("student.init=pruned: say how many layers to keep with student.keep_layers")
+
+
+def check_batches(section: str, engine: TeacherConfig | RolloutConfig) -> None:
+    """Raises ConfigError if an engine's batch has not a token for each of its requests."""
+    if engine.max_batched_tokens is not None and engine.max_batched_tokens < engine.max_sequences:
+        raise ConfigError(
+            f"{section}.max_batched_tokens={engine.max_batched_tokens} is less than {section}.max_sequences="
+            f"{engine.max_sequences}, and each takes a token: write more tokens, or fewer sequences"
+        )
 
 
 def _check_loss(config: Config) -> None:
@@ -238,16 +273,10 @@ def _check_loss(config: Config) -> None:
             "loss.objective=cross_entropy: write divergence or grpo; the teacher's responses are learned in the "
             "off-policy phase (off_policy.loss=cross_entropy)"
         )
-    if loss.temperature <= 0:
-        raise ConfigError(f"loss.temperature={loss.temperature}: write a number above 0")
     try:
         make_divergence(loss.divergence, beta=loss.beta, alpha=loss.alpha)
     except ValueError as error:
         raise ConfigError(f"loss.divergence={loss.divergence}: {error}") from error
-    if not 0 <= loss.discount <= 1:
-        raise ConfigError(f"loss.discount={loss.discount}: write a number from 0 to 1")
-    if loss.importance_limit is not None and loss.importance_limit <= 0:
-        raise ConfigError(f"loss.importance_limit={loss.importance_limit}: write a number above 0, or null")
     if config.signal.kind is not SignalKind.sampled and (loss.discount or loss.importance_limit is not None):
         raise ConfigError(
             f"loss.discount and loss.importance_limit are for policy gradients from sampled tokens, and "
@@ -263,15 +292,6 @@ def _check_loss(config: Config) -> None:
 
 def _check_reward(config: Config) -> None:
     reward, loop, rollout = config.reward, config.loop, config.rollout
-    if reward.weight < 0:
-        raise ConfigError(f"reward.weight={reward.weight}: write 0 or more")
-    if not 0 < reward.clip_low < 1 or reward.clip_high <= 0:
-        raise ConfigError(
-            f"reward.clip_low={reward.clip_low}, reward.clip_high={reward.clip_high}: write a number between 0 and 1, "
-            "and one above 0"
-        )
-    if not 0 <= loop.unreliable_weight <= 1:
-        raise ConfigError(f"loop.unreliable_weight={loop.unreliable_weight}: write a number from 0 to 1")
     if loop.unreliable_weight < 1 and not config.off_policy.filters.verified:
         raise ConfigError(
             f"loop.unreliable_weight={loop.unreliable_weight} needs the verdicts on the teacher's answers: write "
@@ -328,6 +348,7 @@ def _check_signal(config: Config) -> None:
         )
     if signal.kind is SignalKind.hidden:
         return
+    _check_sampling(config)
     if signal.dtype is not SignalDtype.auto:
         raise ConfigError(
             f"signal.dtype={signal.dtype.value} says how hidden rows travel, and signal.kind={signal.kind.value} sends "
@@ -337,6 +358,37 @@ def _check_signal(config: Config) -> None:
         raise ConfigError(
             f"signal.bias_every={signal.bias_every} compares with the whole distribution, which "
             f"signal.kind={signal.kind.value} does not have: write signal.kind=hidden, or signal.bias_every=0"
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    """What the student samples from must be what the signals ``sampled`` and ``ids`` are about.
+
+    ``sampled`` estimates a sum over the vocabulary, at loss.temperature, from draws of the engine's distribution, and
+    weighs each by the ratio of the two: right on average where every token can be drawn. A token that top-p, top-k or
+    greedy sampling leaves out never is. A ratio at one token does not correct what follows it, and a limit on ratios
+    would cut fresh ones too: with loss.discount or loss.importance_limit both temperatures must be the same.
+
+    The candidates of ``ids`` are the likeliest of the engine's distribution, where all tokens left out are alike.
+    """
+    rollout, loss, kind = config.rollout, config.loss, config.signal.kind
+    cut = rollout.top_p != 1 or rollout.top_k != -1
+    if kind is SignalKind.sampled and (cut or rollout.temperature == 0):
+        raise ConfigError(
+            "signal.kind=sampled estimates the divergence from sampled tokens, and tokens that are never sampled bias "
+            "it: write rollout.top_p=1, rollout.top_k=-1 and a rollout.temperature above 0"
+        )
+    credited = loss.discount or loss.importance_limit is not None
+    if kind is SignalKind.sampled and credited and rollout.temperature != loss.temperature:
+        raise ConfigError(
+            f"signal.kind=sampled with loss.discount or loss.importance_limit needs samples at the temperature of the "
+            f"loss: write rollout.temperature={loss.temperature}"
+        )
+    few = 0 < rollout.top_k < config.signal.top_k or rollout.top_p != 1
+    if kind is SignalKind.ids and few:
+        raise ConfigError(
+            f"signal.kind=ids needs signal.top_k={config.signal.top_k} candidates that the student may sample: write "
+            f"rollout.top_p=1 and rollout.top_k=-1, or at least {config.signal.top_k}"
         )
 
 
@@ -351,54 +403,29 @@ def _check_preflight(config: Config) -> None:
 
 def _check_off_policy(config: Config) -> None:
     off = config.off_policy
-    at_least_one = {
-        "samples_per_prompt": off.samples_per_prompt,
-        "max_tokens": off.max_tokens,
-        "shard_responses": off.shard_responses,
-        "responses_per_step": off.responses_per_step,
-        "prompts": 1 if off.prompts is None else off.prompts,
-        "engines": 1 if off.engines is None else off.engines,
-    }
-    at_least_zero = {
-        "steps": off.steps,
-        "temperature": off.temperature,
-        "heldout_responses": off.heldout_responses,
-        "warmup_steps": off.warmup_steps,
-        "eval_every": off.eval_every,
-        "checkpoint_every": off.checkpoint_every,
-        "filters.min_tokens": off.filters.min_tokens,
-        "filters.loop_ngram": off.filters.loop_ngram,
-        "filters.cjk_share": off.filters.cjk_share,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ConfigError(f"off_policy.{name}={value}: write at least 1")
-    for name, amount in at_least_zero.items():
-        if amount < 0:
-            raise ConfigError(f"off_policy.{name}={amount}: write 0 or more")
-    if off.learning_rate <= 0 or not math.isfinite(off.learning_rate):
-        raise ConfigError(f"off_policy.learning_rate={off.learning_rate}: write a number above 0")
-    if off.path is not None and not Path(off.path).expanduser().exists():
-        raise ConfigError(f"off_policy.path={off.path}: there is no such file or directory")
+    if off.path is not None:
+        for file in response_files(Path(off.path).expanduser()):
+            next(rows(file), None)
     if off.loss is Objective.grpo:
         raise ConfigError("off_policy.loss=grpo: write cross_entropy or divergence; the student samples nothing there")
     kind = config.signal.kind
-    if not 0 <= config.loop.off_policy_fraction < 1:
-        raise ConfigError(f"loop.off_policy_fraction={config.loop.off_policy_fraction}: write 0 or more, below 1")
     off_policy_prompts(config.loop)
-    scored = [
-        setting
-        for setting, used in (
-            ("off_policy.loss=divergence", off.steps and off.loss is Objective.divergence),
-            (f"loop.off_policy_fraction={config.loop.off_policy_fraction}", config.loop.off_policy_fraction),
-        )
-        if used
-    ]
+    scored = _scored_responses(config)
     if scored and kind not in (SignalKind.hidden, SignalKind.topk):
         raise ConfigError(
             f"{scored[0]} with signal.kind={kind.value}: the student has not sampled the teacher's "
             "responses, so only hidden and topk say what is needed"
         )
+
+
+def _scored_responses(config: Config) -> list[str]:
+    """The settings that have the teacher score its own responses, as they are written."""
+    off, fraction = config.off_policy, config.loop.off_policy_fraction
+    candidates = (
+        ("off_policy.loss=divergence", off.steps and off.loss is Objective.divergence),
+        (f"loop.off_policy_fraction={fraction}", fraction),
+    )
+    return [setting for setting, used in candidates if used]
 
 
 def off_policy_prompts(loop: LoopConfig) -> int:
@@ -423,8 +450,9 @@ def _uses_off_policy(config: Config) -> bool:
 
 
 def _check_run_directory(config: Config) -> None:
-    """A run directory belongs to one configuration."""
+    """A run directory can be written, and belongs to one configuration."""
     directory = Path(config.run.dir)
+    check_writable("run.dir", directory)
     stored = directory / "config.yaml"
     if not stored.exists():
         if config.run.resume:
@@ -440,6 +468,19 @@ def _check_run_directory(config: Config) -> None:
         raise ConfigError(
             f"run.dir={directory} already holds this run: add run.resume=true to continue it, or choose another run.dir"
         )
+
+
+def check_writable(setting: str, directory: Path) -> None:
+    """A directory is there and may be written, or may be made.
+
+    Raises:
+        ConfigError: it is below a file, is one, or may not be written.
+    """
+    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{setting}={directory}: {nearest} is a file, not a directory: choose another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{setting}={directory}: {nearest} may not be written: choose another one")
 
 
 def _plain(config: Config) -> Any:

@@ -150,9 +150,9 @@ def test_bad_sources(tmp_path: Path) -> None:
         build(tasks=["gcd"], path="x.jsonl")
     with pytest.raises(ConfigError, match="There is no prompt file"):
         build(path=str(tmp_path / "x.jsonl"))
-    (tmp_path / "x.csv").touch()
-    with pytest.raises(ConfigError, match=r"neither \.jsonl nor \.parquet"):
-        build(path=str(tmp_path / "x.csv"))
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(ConfigError, match=r"is none of \.jsonl, \.parquet, \.csv"):
+        build(path=str(tmp_path / "x.txt"))
     with pytest.raises(ConfigError, match=r"names 'lcm', which is not in data\.tasks"):
         build(tasks=["gcd"], task_options={"lcm": {}})
     with pytest.raises(ConfigError, match="names 'gcd' twice"):

@@ -288,7 +288,7 @@ def test_rows_that_are_no_responses(
     [
         (["off_policy.path=/no/such.jsonl"], r"off_policy\.path=/no/such\.jsonl: there is no such file or directory"),
         (["off_policy.responses_per_step=0"], r"off_policy\.responses_per_step=0: write at least 1"),
-        (["off_policy.filters.cjk_share=-1"], r"off_policy\.filters\.cjk_share=-1\.0: write 0 or more"),
+        (["off_policy.filters.cjk_share=-1"], r"off_policy\.filters\.cjk_share=-1\.0: write a number from 0 to 1"),
         (["off_policy.learning_rate=0"], r"off_policy\.learning_rate=0\.0: write a number above 0"),
         (["off_policy.loss=divergence", "signal.kind=ids"], "only hidden and topk say what is needed"),
         (["loop.off_policy_fraction=0.25", "signal.kind=ids"], r"off_policy_fraction=0\.25 with signal\.kind=ids"),

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tiny_models import VOCAB_SIZE, add_to_hub_cache, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w.config import RolloutConfig
-from s2w.errors import ConfigError
+from s2w.errors import ConfigError, RequestRefusedError
 from s2w.failures import reason
 from s2w.models.checkpoint import ModelReference, resolve_path
 from s2w.records import Mode, Prompt, Rollout
@@ -200,6 +201,21 @@ def test_samples_of_a_prompt_differ_and_seeds_repeat_them(
     for one, other in zip(first, again, strict=True):
         assert np.array_equal(one.token_ids, other.token_ids)
         assert np.array_equal(one.log_probs, other.log_probs)
+
+
+def test_refused_requests_fail_at_once_and_alone(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    """A prompt that leaves no room for a response, alone and among others that the engine takes."""
+    good = make_prompts(3)
+    bad = replace(good[0], uid="too long", token_ids=np.ones(128, np.int32))
+    sentence = r"engine \d does not take prompt 'too long', sample 0: max_tokens must be at least 1, got 0"
+    with pytest.raises(RequestRefusedError, match=sentence) as caught:
+        loop.run_until_complete(asyncio.wait_for(pool.generate(bad, 0), 60))
+    assert reason(caught.value).startswith("rollout engine")
+    requests = [(prompt, 0) for prompt in (good[0], good[1], bad, bad, good[2])]
+    with pytest.raises(RequestRefusedError, match=sentence):
+        loop.run_until_complete(asyncio.wait_for(pool.generate_batch(requests), 60))
+    rollouts = loop.run_until_complete(asyncio.wait_for(pool.generate_batch([(good[0], 0), (good[1], 0)]), 60))
+    assert [rollout.prompt.uid for rollout in rollouts] == [good[0].uid, good[1].uid]
 
 
 def test_stop_ids_end_a_response(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:

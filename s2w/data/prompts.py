@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config import Config, DataConfig
+from s2w.data.files import Row, read_rows
 from s2w.data.tasks import derive_seed, generate
 from s2w.data.verifiers import VERIFIERS, check_verifier
 from s2w.errors import ConfigError, did_you_mean
@@ -327,47 +328,7 @@ def _file_sources(data: DataConfig) -> tuple[list[_Source], list[_Source]]:
     return train, distinct
 
 
-def json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file, blank lines left out.
-
-    Raises:
-        ConfigError: a line is not a JSON object; the message has its number.
-    """
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{str(file)!r}, line {number}, is not a JSON object")
-            yield row
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL or Parquet file.
-
-    Raises:
-        ConfigError: there is no such file, it is of another kind, is empty, or a line is not a JSON object.
-    """
-    if not path.is_file():
-        raise ConfigError(f"There is no prompt file {str(path.absolute())!r}")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    elif path.suffix == ".jsonl":
-        rows = list(json_lines(path))
-    else:
-        raise ConfigError(f"{str(path)!r} is neither .jsonl nor .parquet")
-    if not rows:
-        raise ConfigError(f"{str(path)!r} holds no prompts")
-    return rows
-
-
-def _source(path: Path, index: int, row: dict[str, Any], split: str) -> _Source:
+def _source(path: Path, index: int, row: Row, split: str) -> _Source:
     where = f"{str(path)!r}, {split} row {index}"
     given = row.get("messages") if row.get("messages") is not None else row.get("prompt")
     if given is None:
@@ -406,7 +367,7 @@ def parse_messages(where: str, given: Any) -> tuple[dict[str, str], ...]:
         where: file and row, for the error's text.
 
     Raises:
-        ConfigError: they are no messages, or the last one is not the user's.
+        ConfigError: they are no messages, or the last one is not the user's or is empty.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -423,7 +384,14 @@ def parse_messages(where: str, given: Any) -> tuple[dict[str, str], ...]:
             )
     if given[-1]["role"] not in ("user", "tool") or all(message["role"] != "user" for message in given):
         raise ConfigError(f"{where}: the last message of a prompt is the user's, not the {given[-1]['role']}'s")
+    check_not_empty(where, given)
     return tuple({"role": message["role"], "content": message["content"]} for message in given)
+
+
+def check_not_empty(where: str, messages: Sequence[dict[str, str]]) -> None:
+    """Raises ConfigError if the last message is the user's and says nothing."""
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+        raise ConfigError(f"{where}: the prompt is empty")
 
 
 def _with_system(source: _Source, system: dict[str, str]) -> _Source:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from s2w.bounds import check_bounds
 from s2w.cluster import connected
 from s2w.config import EvalRun, RolloutConfig
 from s2w.errors import ConfigError
@@ -19,12 +20,15 @@ from s2w.eval.report import EvalReport, make_report
 from s2w.failures import reported
 from s2w.hardware import resolve_dtype
 from s2w.models.checkpoint import Checkpoint, ModelReference, read_checkpoint
+from s2w.models.parallel import check_parallel
+from s2w.models.shards import check_weights
 from s2w.models.tokenizers import token_count
 from s2w.modes import supported_modes
 from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.pool import RolloutPool
 from s2w.rollout.thinking import check_thinking_budget
 from s2w.stopping import run_stoppable
+from s2w.validate import check_batches
 
 QUEUE_DEPTH = 2
 """Requests sent to an engine for each that it can run at once: it never waits for the next one, and Ray, which warns
@@ -41,11 +45,22 @@ def evaluate(run: EvalRun) -> EvalReport:
         RunError: an engine failed.
         KeyboardInterrupt: SIGINT or SIGTERM came.
     """
-    _check_numbers(run)
+    check_bounds(run)
+    _check_samples(run)
     output = Path(run.eval.output) if run.eval.output else None
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(f"eval.output={output}: there is no directory {str(output.absolute().parent)!r}")
+    if output is not None and output.is_dir():
+        raise ConfigError(f"eval.output={output} is a directory: write the name of a file")
     checkpoint = read_checkpoint(run.model, run.revision)
+    check_weights(checkpoint)
+    check_parallel(
+        "rollout",
+        checkpoint.config,
+        tensor_parallel=run.rollout.tensor_parallel,
+        pipeline_parallel=run.rollout.pipeline_parallel,
+        expert_parallel=run.rollout.expert_parallel,
+    )
     problems = read_problems(run.eval)
     requests = [
         (prompt, sample, budget)
@@ -86,29 +101,15 @@ def evaluate(run: EvalRun) -> EvalReport:
     return report
 
 
-def _check_numbers(run: EvalRun) -> None:
-    """Refuses numbers that no evaluation can have."""
-    evaluation, rollout = run.eval, run.rollout
-    at_least_one = {
-        "eval.samples": evaluation.samples,
-        "eval.problems": evaluation.problems,
-        "eval.max_prompt_tokens": evaluation.max_prompt_tokens,
-        "rollout.engines": rollout.engines,
-        "rollout.tensor_parallel": rollout.tensor_parallel,
-        "rollout.pipeline_parallel": rollout.pipeline_parallel,
-        "rollout.max_tokens": rollout.max_tokens,
-        "rollout.max_sequences": rollout.max_sequences,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}: write at least 1")
-    if not evaluation.k or min(evaluation.k) < 1:
-        raise ConfigError(f"eval.k={evaluation.k}: write numbers of at least 1")
+def _check_samples(run: EvalRun) -> None:
+    """Refuses samples that cannot give the pass@k asked for, and engines that cannot sample them."""
+    evaluation = run.eval
+    check_batches("rollout", run.rollout)
+    if not evaluation.k:
+        raise ConfigError("eval.k=[]: write at least one k, as [1]")
     if (k := max(evaluation.k)) > evaluation.samples:
         raise ConfigError(f"eval.k asks for pass@{k}, which needs {k} samples, and eval.samples={evaluation.samples}")
-    if rollout.temperature < 0:
-        raise ConfigError(f"rollout.temperature={rollout.temperature}: write 0 or more")
-    if rollout.temperature == 0 and evaluation.samples > 1:
+    if run.rollout.temperature == 0 and evaluation.samples > 1:
         raise ConfigError(
             f"rollout.temperature=0 makes all of eval.samples={evaluation.samples} the same: write eval.samples=1"
         )

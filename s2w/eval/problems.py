@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import random
 import re
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config import EvalConfig
-from s2w.data.prompts import parse_messages, read_rows
+from s2w.data.files import read_rows
+from s2w.data.prompts import parse_messages
 from s2w.data.tasks import check_task, derive_seed, generate
-from s2w.data.verifiers import VERIFIERS
 from s2w.errors import ConfigError
 from s2w.modes import render
 from s2w.records import Mode, Prompt
@@ -105,21 +104,20 @@ def make_prompts(
 
 
 def _file_problems(config: EvalConfig, location: str) -> list[Problem]:
-    if config.verifier not in VERIFIERS:
-        raise ConfigError(f"eval.verifier={config.verifier}: write one of {', '.join(VERIFIERS)}")
     if "{question}" not in config.template:
         raise ConfigError("eval.template must contain {question}")
     path = _fetch(location)
-    rows = _csv_rows(path) if path.suffix == ".csv" else read_rows(path)
+    rows = read_rows(path)
     columns = {"eval.prompt_column": config.prompt_column, "eval.answer_column": config.answer_column}
     columns |= {f"eval.choice_columns[{i}]": name for i, name in enumerate(config.choice_columns)}
     problems = []
     for i, row in enumerate(rows):
         for setting, column in columns.items():
             if row.get(column) is None:
-                raise ConfigError(
-                    f"{location!r}, row {i}, has no {column!r} ({setting}); its columns are: {', '.join(row)}"
-                )
+                there = ", ".join(map(str, row))
+                raise ConfigError(f"{location!r}, row {i}, has no {column!r} ({setting}); its columns are: {there}")
+            if not str(row[column]).strip():
+                raise ConfigError(f"{location!r}, row {i}: its {column!r} ({setting}) is empty")
         given, answer, task = row[config.prompt_column], str(row[config.answer_column]), config.verifier
         if config.choice_columns:
             wrong = [str(row[column]) for column in config.choice_columns]
@@ -159,10 +157,3 @@ def _fetch(location: str) -> Path:
         raise ConfigError(
             f"cannot get {location} ({reason}): eval.path may also name a file on this machine"
         ) from error
-
-
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {str(path.absolute())!r}")
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))

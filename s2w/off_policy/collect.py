@@ -14,11 +14,11 @@ from s2w.job import OFF_POLICY, Job
 from s2w.modes import opens_thinking
 from s2w.observe.progress import Progress
 from s2w.off_policy.batches import Split, split
-from s2w.off_policy.dataset import DROPPED, read_dataset
+from s2w.off_policy.dataset import read_dataset
 from s2w.off_policy.filters import Filtered, apply_filters
 from s2w.off_policy.generate import generate, open_store, teacher_prompts
 from s2w.off_policy.response import Response
-from s2w.off_policy.shards import write_responses
+from s2w.off_policy.shards import DROPPED, write_responses
 from s2w.validate import Facts
 
 TABLE = "filters.json"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config import Config
-from s2w.data.prompts import json_lines
+from s2w.data.files import Row, rows
+from s2w.data.prompts import check_not_empty
 from s2w.data.tasks import derive_seed
 from s2w.data.verifiers import VERIFIERS, check_verifier
 from s2w.errors import ConfigError
@@ -31,12 +31,9 @@ from s2w.modes import (
     supported_modes,
 )
 from s2w.off_policy.response import Response
-from s2w.off_policy.shards import VOCABULARY, provenance_of, vocabulary_hash
+from s2w.off_policy.shards import VOCABULARY, provenance_of, response_files, vocabulary_hash
 from s2w.records import Mode, Prompt
 from s2w.validate import Facts
-
-DROPPED = "dropped.parquet"
-"""Left out of a directory of Parquet files: what the filters of a generation dropped."""
 
 CHUNK = 1024
 """Texts tokenised at once."""
@@ -112,42 +109,27 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np
     return encoded
 
 
-def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, Row]]:
     """Rows of a file or of all Parquet files of a directory, each with words that say where it stands.
 
     Token ids of another vocabulary than ``vocabulary`` are left out.
     """
-    if path.is_dir():
-        files = [file for file in sorted(path.glob("*.parquet")) if file.name != DROPPED]
-        if not files:
-            raise ConfigError(f"off_policy.path={path}: the directory holds no .parquet file")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ConfigError(f"off_policy.path={path}: there is no such file or directory")
-    for file in files:
-        if file.suffix == ".parquet":
-            rows: Iterator[dict[str, Any]] = (
-                row for batch in pq.ParquetFile(file).iter_batches() for row in batch.to_pylist()
-            )
-        elif file.suffix == ".jsonl":
-            rows = json_lines(file)
-        else:
-            raise ConfigError(f"off_policy.path={path} is neither .jsonl nor .parquet nor a directory")
+    for file in response_files(path):
         same = file.suffix == ".parquet" and provenance_of(file).get(VOCABULARY) == vocabulary
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows(file)):
             if not same:
                 row.pop(TOKENS, None)
             yield f"{str(file)!r}, row {number}", row
 
 
-def _conversation(where: str, row: dict[str, Any]) -> tuple[Messages, str]:
+def _conversation(where: str, row: Row) -> tuple[Messages, str]:
     """The messages of the prompt, and the response."""
     there = ", ".join(row) or "none"
     if row.get("messages") is not None:
         messages = _messages(where, row["messages"])
         if messages[-1]["role"] != "assistant" or len(messages) == 1:
             raise ConfigError(f"{where}: the last of its messages must be the assistant's, after a prompt")
+        check_not_empty(where, messages[:-1])
         return messages[:-1], messages[-1]["content"]
     missing = [name for name in ("prompt", "response") if row.get(name) is None]
     if missing:
@@ -159,6 +141,7 @@ def _conversation(where: str, row: dict[str, Any]) -> tuple[Messages, str]:
         raise ConfigError(f"{where}: `response` is a string, not {row['response']!r}")
     given = row["prompt"]
     messages = _messages(where, [{"role": "user", "content": given}] if isinstance(given, str) else given)
+    check_not_empty(where, messages)
     return messages, row["response"]
 
 
@@ -171,7 +154,7 @@ def _messages(where: str, given: Any) -> Messages:
     return tuple({"role": message["role"], "content": message["content"]} for message in given)
 
 
-def _mode(where: str, row: dict[str, Any], messages: Messages, text: str, modes: tuple[Mode, ...]) -> Mode:
+def _mode(where: str, row: Row, messages: Messages, text: str, modes: tuple[Mode, ...]) -> Mode:
     mode = row.get("mode")
     if mode is not None and mode not in get_args(Mode):
         raise ConfigError(f"{where} has mode {mode!r}; a mode is {' or '.join(get_args(Mode))}")
@@ -183,14 +166,14 @@ def _mode(where: str, row: dict[str, Any], messages: Messages, text: str, modes:
     return mode if mode in modes else modes[0]
 
 
-def _finish_reason(where: str, row: dict[str, Any]) -> str:
+def _finish_reason(where: str, row: Row) -> str:
     reason = row.get("finish_reason") or "stop"
     if reason not in FINISH_REASONS:
         raise ConfigError(f"{where} has finish_reason {reason!r}: write one of {', '.join(FINISH_REASONS)}")
     return reason
 
 
-def _own_tokens(where: str, row: dict[str, Any], vocab_size: int) -> np.ndarray | None:
+def _own_tokens(where: str, row: Row, vocab_size: int) -> np.ndarray | None:
     """int32 [n], where a shard of this vocabulary has them."""
     if row.get(TOKENS) is None:
         return None
@@ -203,7 +186,7 @@ def _own_tokens(where: str, row: dict[str, Any], vocab_size: int) -> np.ndarray 
     return ids
 
 
-def _task(where: str, row: dict[str, Any]) -> tuple[str, str | None]:
+def _task(where: str, row: Row) -> tuple[str, str | None]:
     answer = row.get("answer")
     task = row.get("task") or ("exact_match" if answer is not None else "")
     if task:
@@ -214,7 +197,7 @@ def _task(where: str, row: dict[str, Any]) -> tuple[str, str | None]:
     return task, None if answer is None else str(answer)
 
 
-def _metadata(row: dict[str, Any], messages: Messages, answer: str | None) -> dict[str, Any]:
+def _metadata(row: Row, messages: Messages, answer: str | None) -> dict[str, Any]:
     """What a reasoning-gym scorer needs; a generated shard has all of it, other files the entry's metadata."""
     given = row.get("metadata") or {}
     if isinstance(given, str):

@@ -42,11 +42,29 @@ METADATA_KEY = b"s2w"
 VOCABULARY = "vocabulary_sha256"
 """Name of :func:`vocabulary_hash` in the provenance: token ids mean something to this vocabulary only."""
 SHARDS = "shard-*.parquet"
+DROPPED = "dropped.parquet"
+"""What the filters of a generation dropped; no part of a dataset."""
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of a tokenizer's tokens and ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def response_files(path: Path) -> list[Path]:
+    """The file, or the Parquet files of the directory, that ``off_policy.path`` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"off_policy.path={path}: there is no such file or directory")
+    files = [file for file in sorted(path.glob("*.parquet")) if file.name != DROPPED]
+    if not files:
+        raise ConfigError(f"off_policy.path={path}: the directory holds no .parquet file")
+    return files
 
 
 def provenance_of(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import ray
 
 from s2w.config import RolloutConfig
 from s2w.data.tasks import derive_seed
+from s2w.errors import RequestRefusedError
 from s2w.models.checkpoint import ModelReference
 from s2w.records import Prompt, Rollout, VersionSpan
 from s2w.rollout.thinking import ThinkingStop
@@ -187,6 +188,9 @@ class RolloutEngine:
         Args:
             thinking_budget: for a prompt in think mode, response tokens after which an open think block is closed;
                 None takes the pool's setting. One that leaves no room for an answer does nothing.
+
+        Raises:
+            RequestRefusedError: vLLM does not take the request.
         """
         draft = self._draft(prompt, sample, thinking_budget)
         with telling_engine_death(self.llm):
@@ -196,7 +200,7 @@ class RolloutEngine:
         return self._rollout(draft)
 
     async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
-        """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run."""
+        """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run; errors as above."""
         drafts = [self._draft(prompt, sample, None) for prompt, sample in requests]
         with telling_engine_death(self.llm):
             await self._extend_together(drafts)
@@ -229,23 +233,29 @@ class RolloutEngine:
 
     async def _sample(self, draft: _Draft, max_tokens: int, seed: int) -> _Part:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.logprobs import FlatLogprobs
         from vllm.sampling_params import RequestOutputKind
 
         config = self.config
-        parameters = SamplingParams(
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            max_tokens=max_tokens,
-            seed=seed,
-            stop_token_ids=list(self.stop_token_ids),
-            logprobs=self.candidates,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        completion = await self._complete(draft, parameters)
+        try:
+            parameters = SamplingParams(
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                max_tokens=max_tokens,
+                seed=seed,
+                stop_token_ids=list(self.stop_token_ids),
+                logprobs=self.candidates,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            completion = await self._complete(draft, parameters)
+        except (VLLMClientError, ValueError) as error:
+            raise RequestRefusedError(
+                f"rollout engine {self.index} does not take prompt {draft.prompt.uid!r}, sample {draft.sample}: {error}"
+            ) from error
         flat = completion.logprobs
         assert isinstance(flat, FlatLogprobs) and completion.weight_versions
         first = np.asarray(flat.start_indices)
@@ -286,15 +296,21 @@ class RolloutEngine:
         one meet different batches; so scheduling stops until all are queued in order, with an empty prefix cache.
         """
         await self.llm.pause_generation(mode="keep", clear_cache=True)
-        queued = self.llm.get_num_unfinished_requests()
-        tasks = []
-        for draft in drafts:
-            tasks.append(asyncio.create_task(self._extend(draft)))
-            queued += 1
-            while self.llm.get_num_unfinished_requests() < queued and not tasks[-1].done():
-                await asyncio.sleep(0)
-        await self.llm.resume_generation()
-        await asyncio.gather(*tasks)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            for draft in drafts:
+                queued = self.llm.get_num_unfinished_requests()
+                tasks.append(asyncio.create_task(self._extend(draft)))
+                # While scheduling stops none ends but one that is refused.
+                while self.llm.get_num_unfinished_requests() == queued and not tasks[-1].done():
+                    await asyncio.sleep(0)
+        finally:
+            await self.llm.resume_generation()
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # those that go on when another has failed
 
     def _rollout(self, draft: _Draft) -> Rollout:
         candidates = np.concatenate([part.candidates for part in draft.parts])

@@ -12,6 +12,7 @@ import numpy as np
 import ray
 
 from s2w.config import TeacherConfig
+from s2w.errors import RequestRefusedError
 from s2w.models.checkpoint import ModelReference
 from s2w.records import Rollout, SignalKind, TeacherSignal
 from s2w.teacher.scoring import PREFIX, as_teacher
@@ -117,7 +118,7 @@ class TeacherEngine:
         A cancelled call takes its request out of the engine.
 
         Raises:
-            ValueError: for an empty response, ids outside of the vocabulary, or too long an input.
+            RequestRefusedError: for an empty response, ids outside of the vocabulary, or too long an input.
             FloatingPointError: if a signal other than ``hidden`` is not finite.
             EngineDiedError: if the engine is gone.
         """
@@ -136,6 +137,9 @@ class TeacherEngine:
         try:
             for job in jobs:
                 await self._enqueue(job)
+        except RequestRefusedError:
+            await self._engine.abort([job.collector.request_id for job in jobs if job.collector], internal=True)
+            raise
         finally:
             await self.resume()
         tasks = [asyncio.create_task(self._finish(job)) for job in jobs]
@@ -174,9 +178,11 @@ class TeacherEngine:
 
         input_ids, rows = rollout.input_ids, len(rollout.token_ids)
         if not rows or not len(rollout.prompt.token_ids):
-            raise ValueError(f"{rollout.uid}: the prompt or the response is empty")
+            raise RequestRefusedError(f"{rollout.uid}: the prompt or the response is empty")
         if len(input_ids) > self._max_model_len:
-            raise ValueError(f"{rollout.uid}: {len(input_ids)} tokens, the teacher takes {self._max_model_len}")
+            raise RequestRefusedError(
+                f"{rollout.uid}: {len(input_ids)} tokens, the teacher takes {self._max_model_len}"
+            )
         self._check_ids(input_ids, rollout, "token ids")
         wanted: dict[str, Any] = {
             "kind": request.kind,
@@ -187,15 +193,17 @@ class TeacherEngine:
         candidates = None
         if request.kind == "ids":
             if rollout.candidates is None:
-                raise ValueError(f"{rollout.uid}: signal kind ids needs the student's candidates")
+                raise RequestRefusedError(f"{rollout.uid}: signal kind ids needs the student's candidates")
             candidates = np.ascontiguousarray(await rollout.candidates, np.int32)
             if candidates.ndim != 2 or len(candidates) != rows:
-                raise ValueError(f"{rollout.uid}: candidates of shape {candidates.shape} for {rows} response tokens")
+                raise RequestRefusedError(
+                    f"{rollout.uid}: candidates of shape {candidates.shape} for {rows} response tokens"
+                )
             self._check_ids(candidates, rollout, "candidates")
         elif request.kind == "sampled":
             candidates = np.ascontiguousarray(rollout.token_ids, np.int32)[:, None]
         elif request.kind == "topk" and request.top_k > self._vocab_size:
-            raise ValueError(f"top_k {request.top_k} exceeds the vocabulary of {self._vocab_size}")
+            raise RequestRefusedError(f"top_k {request.top_k} exceeds the vocabulary of {self._vocab_size}")
         if candidates is not None:
             wanted |= {"top_k": candidates.shape[1], "ids": candidates.tobytes()}
         # By default vLLM keeps token_embed requests away from the prefix cache.
@@ -205,16 +213,22 @@ class TeacherEngine:
 
     def _check_ids(self, ids: np.ndarray, rollout: Rollout, what: str) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            raise ValueError(
+            raise RequestRefusedError(
                 f"{rollout.uid}: {what} from {ids.min()} to {ids.max()}, the shared vocabulary is {self._vocab_size}"
             )
 
     async def _enqueue(self, job: _Job) -> None:
         """Adds the request to the engine, behind those that were added before."""
+        from vllm.exceptions import VLLMClientError
+
         job.started = time.time()
         request_id = f"{job.rollout.uid}-{next(self._request_ids)}"
-        with telling_engine_death(self._engine):
-            job.collector = await self._engine.add_request(request_id, {"prompt_token_ids": job.input_ids}, job.params)
+        try:
+            with telling_engine_death(self._engine):
+                prompt = {"prompt_token_ids": job.input_ids}
+                job.collector = await self._engine.add_request(request_id, prompt, job.params)
+        except (VLLMClientError, ValueError) as error:
+            raise RequestRefusedError(f"teacher {self._index} does not take {job.rollout.uid!r}: {error}") from error
 
     async def _finish(self, job: _Job) -> TeacherSignal:
         """Waits for the rows of an enqueued request and stores them."""

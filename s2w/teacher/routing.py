@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from s2w.config import Config, TeacherConfig
 from s2w.errors import ConfigError, did_you_mean
 from s2w.hardware import resolve_dtype
@@ -35,7 +38,8 @@ def teacher_settings(config: Config) -> dict[str, TeacherConfig]:
     """Settings of every teacher by name, the default one first.
 
     Raises:
-        ConfigError: an entry of ``teachers`` has no model, a field that no teacher has, or the default's name.
+        ConfigError: an entry of ``teachers`` has no model, a field that no teacher has, a value of another type, or
+            the default's name.
     """
     settings = {DEFAULT: config.teacher}
     known = [field.name for field in dataclasses.fields(TeacherConfig)]
@@ -46,14 +50,17 @@ def teacher_settings(config: Config) -> dict[str, TeacherConfig]:
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
             raise ConfigError(f"{where} has no model: write {{model: PATH, modes: [think], tasks: [TASK]}}")
         fields = {key: value for key, value in entry.items() if key not in ("modes", "tasks")}
-        for key, value in fields.items():
+        for key in fields:
             if key not in known:
                 nearest = did_you_mean(key, [*known, "modes", "tasks"])
                 raise ConfigError(f"unknown setting {where}.{key}{nearest}")
-            default = getattr(config.teacher, key)
-            if default is not None and not isinstance(value, type(default)):
-                raise ConfigError(f"{where}.{key}={value!r}: write a {type(default).__name__}")
-        settings[name] = dataclasses.replace(config.teacher, **{"revision": None, **fields})
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(config.teacher), {"revision": None, **fields})
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from error
+        made = OmegaConf.to_object(merged)
+        assert isinstance(made, TeacherConfig)
+        settings[name] = made
     return settings
 
 

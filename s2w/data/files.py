@@ -1,0 +1,98 @@
+"""Rows of JSONL, Parquet and CSV files; what is no such file is refused with the place where it shows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from s2w.errors import ConfigError
+
+Row = dict[str, Any]
+BATCH = 1024
+"""Rows of a Parquet file in memory at once."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file.
+
+    Raises:
+        ConfigError: as of :func:`rows`; there is no such file, or it is empty.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no prompt file {str(path.absolute())!r}")
+    found = list(rows(path))
+    if not found:
+        raise ConfigError(f"{str(path)!r} holds no prompts")
+    return found
+
+
+def rows(file: Path) -> Iterator[Row]:
+    """The rows of a file, read as they are asked for.
+
+    Raises:
+        ConfigError: its name ends otherwise, or what it holds is not what its name says.
+    """
+    readers = {".jsonl": json_rows, ".parquet": parquet_rows, ".csv": csv_rows}
+    if file.suffix not in readers:
+        raise ConfigError(f"{str(file)!r} is none of {', '.join(readers)}")
+    yield from readers[file.suffix](file)
+
+
+def json_rows(file: Path) -> Iterator[Row]:
+    """The objects of a JSONL file, blank lines left out.
+
+    Raises:
+        ConfigError: it is not UTF-8 text, or a line is not a JSON object; the message has its number.
+    """
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{str(file)!r}, line {number}, is not a JSON object")
+        yield row
+
+
+def csv_rows(file: Path) -> Iterator[Row]:
+    """The rows of a CSV file by the names in its first line.
+
+    Raises:
+        ConfigError: it is not UTF-8 text, or not CSV.
+    """
+    try:
+        yield from csv.DictReader(_lines(file, newline=""))
+    except csv.Error as error:
+        raise ConfigError(f"{str(file)!r} is not a CSV file: {error}") from error
+
+
+def parquet_rows(file: Path) -> Iterator[Row]:
+    """The rows of a Parquet file.
+
+    Raises:
+        ConfigError: it is cut off or damaged.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        for batch in ParquetFile(file).iter_batches(BATCH):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{str(file)!r} is not a whole Parquet file: {reason}") from error
+
+
+def _lines(file: Path, newline: str | None = None) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8", newline=newline) as lines:
+            yield from lines
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{str(file)!r} is not UTF-8 text: {error.reason}, 0x{error.object[error.start]:02x}"
+        ) from error
