@@ -19,6 +19,7 @@ from s2w.data.files import read_rows
 from s2w.data.prompts import parse_messages
 from s2w.data.tasks import check_task, derive_seed, generate
 from s2w.errors import ConfigError
+from s2w.models.checkpoint import hub_answers
 from s2w.modes import render
 from s2w.records import Mode, Prompt
 
@@ -148,7 +149,13 @@ def _fetch(location: str) -> Path:
     if match is None:
         raise ConfigError(f"eval.path={location}: write hf://datasets/OWNER/NAME/FILE or ...NAME@REVISION/FILE")
     try:
-        return Path(hf_hub_download(match["repo"], match["file"], repo_type="dataset", revision=match["revision"]))
+        file = hf_hub_download(
+            match["repo"],
+            match["file"],
+            repo_type="dataset",
+            revision=match["revision"],
+            local_files_only=not hub_answers(),
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, LocalEntryNotFoundError):
             reason = "the hub cannot be reached and the local cache does not hold it"
@@ -157,3 +164,4 @@ def _fetch(location: str) -> Path:
         raise ConfigError(
             f"cannot get {location} ({reason}): eval.path may also name a file on this machine"
         ) from error
+    return Path(file)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -14,6 +18,8 @@ from s2w.errors import ConfigError
 TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 """Hub files that hold configuration, tokenizer and chat template."""
 WEIGHT_FILES = ["*.safetensors"]
+HUB_ANSWER_S = 10
+"""How long the hub may take to accept a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +87,10 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
     try:
         return Path(
             snapshot_download(
-                reference, revision=revision, allow_patterns=TEXT_FILES + (WEIGHT_FILES if weights else [])
+                reference,
+                revision=revision,
+                allow_patterns=TEXT_FILES + (WEIGHT_FILES if weights else []),
+                local_files_only=not hub_answers(),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -94,6 +103,22 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
             f"Cannot get {reference!r}{at} from the Hugging Face hub ({reason}), "
             "and there is no directory of that name: write a hub id you may read, or the path of a checkpoint"
         ) from error
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub takes a connection; its client, which retries for a minute or two, need not be asked if not.
+
+    Behind a proxy only the client can tell, and is taken to.
+    """
+    url = urlsplit(constants.ENDPOINT)
+    if constants.is_offline_mode() or url.scheme in getproxies():
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or url.scheme), timeout=HUB_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def read_checkpoint(reference: str, revision: str | None = None) -> Checkpoint:
