@@ -93,6 +93,7 @@ def _lines(file: Path, newline: str | None = None) -> Iterator[str]:
         with file.open(encoding="utf-8", newline=newline) as lines:
             yield from lines
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{str(file)!r} is not UTF-8 text: {error.reason}, 0x{error.object[error.start]:02x}"
-        ) from error
+        at = f"0x{error.object[error.start]:02x}"
+        raise ConfigError(f"{str(file)!r} is not UTF-8 text: {error.reason}, {at}") from error
+    except OSError as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error.strerror}") from error

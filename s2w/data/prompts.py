@@ -332,7 +332,9 @@ def _source(path: Path, index: int, row: Row, split: str) -> _Source:
     where = f"{str(path)!r}, {split} row {index}"
     given = row.get("messages") if row.get("messages") is not None else row.get("prompt")
     if given is None:
-        raise ConfigError(f"{where}, has neither `messages` nor `prompt`; its columns are: {', '.join(row) or 'none'}")
+        raise ConfigError(
+            f"{where}, has neither `messages` nor `prompt`; its columns are: {', '.join(map(str, row)) or 'none'}"
+        )
     messages = parse_messages(where, given)
     answer = row.get("answer")
     if answer is not None:

@@ -124,7 +124,7 @@ def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, Row]]:
 
 def _conversation(where: str, row: Row) -> tuple[Messages, str]:
     """The messages of the prompt, and the response."""
-    there = ", ".join(row) or "none"
+    there = ", ".join(map(str, row)) or "none"
     if row.get("messages") is not None:
         messages = _messages(where, row["messages"])
         if messages[-1]["role"] != "assistant" or len(messages) == 1:
