@@ -31,6 +31,7 @@ from s2w.learner.divergence import make_divergence
 from s2w.models.checkpoint import Checkpoint, read_checkpoint
 from s2w.models.parallel import check_parallel
 from s2w.models.shards import check_weights
+from s2w.models.student import evenly_spaced
 from s2w.models.tokenizers import SharedVocabulary, compare_tokenizers
 from s2w.modes import add_thinking_switch
 from s2w.off_policy.shards import response_files
@@ -112,6 +113,8 @@ def check(config: Config, *, generating: bool = False) -> Facts:
             expert_parallel=settings.expert_parallel,
         )
         check_weights(checkpoints[name])
+    if config.student.init is StudentInit.pruned and config.student.keep_layers is not None:
+        evenly_spaced(student.config.get_text_config().num_hidden_layers, config.student.keep_layers)
     rollout = config.rollout
     check_parallel(
         "rollout",

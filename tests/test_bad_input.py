@@ -78,6 +78,7 @@ TRAIN = [
     ("teacher.expert_parallel=true", "teacher.expert_parallel=true, but the model has no experts"),
     ("teacher.pipeline_parallel=3", "teacher.pipeline_parallel=3 is more than the 2 layers"),
     ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3 does not divide the 4 attention heads"),
+    ("student={init: pruned, keep_layers: 3}", "student.keep_layers must be between 2 and the model's 2 layers, not 3"),
     ("teacher.model=MODELS/cut", "cut/model.safetensors' is cut off or no safetensors file"),
     ("student.model=MODELS/cut", "cut/model.safetensors' is cut off or no safetensors file"),
     ("teachers.math={model: MODELS/cut}", "cut/model.safetensors' is cut off or no safetensors file"),
