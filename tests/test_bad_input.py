@@ -265,7 +265,7 @@ QWEN3_235B = {
 
 
 def moe_config(block: list[int] | None = None, **sizes: Any) -> Qwen3MoeConfig:
-    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}} if block else {}
+    fp8: dict[str, Any] = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}} if block else {}
     return Qwen3MoeConfig(**{**QWEN3_235B, **sizes}, **fp8)
 
 

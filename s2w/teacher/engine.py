@@ -225,8 +225,9 @@ class TeacherEngine:
         request_id = f"{job.rollout.uid}-{next(self._request_ids)}"
         try:
             with telling_engine_death(self._engine):
-                prompt = {"prompt_token_ids": job.input_ids}
-                job.collector = await self._engine.add_request(request_id, prompt, job.params)
+                job.collector = await self._engine.add_request(
+                    request_id, {"prompt_token_ids": job.input_ids}, job.params
+                )
         except (VLLMClientError, ValueError) as error:
             raise RequestRefusedError(f"teacher {self._index} does not take {job.rollout.uid!r}: {error}") from error
 
