@@ -148,12 +148,15 @@ class Controller:
         update = await self.learner.step(batch.samples, self.step)
         self.step, self.position = self.step + 1, batch.position
         swapping = time.time()
-        swap, probe = await self.swap()
-        report = self.reporter.finish(self.step, batch.samples, batch.graded, update, swap, probe, learning, swapping)
-        self.recorder.step(report)
-        self.progress.step(report)
-        if update.skipped:
-            self.progress.say(update.skipped)
+        swapped = None
+        try:
+            swapped = await self.swap()
+        finally:  # An update whose swap fails is saved too.
+            report = self.reporter.finish(self.step, batch.samples, batch.graded, update, swapped, learning, swapping)
+            self.recorder.step(report)
+            self.progress.step(report)
+            if update.skipped:
+                self.progress.say(update.skipped)
 
     async def write_and_score(
         self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout] = (), *, ask_teacher: bool = True

@@ -218,9 +218,9 @@ class StepReport:
     """The signals' way: put (encoded, checked and stored, over all teachers), fetch (taken out and joined, over all
     learner ranks, beside their work), wait (the longest that a rank stood still for one)."""
     swap_ms: float
-    """From the pause of the engines to their resumption."""
+    """From the pause of the engines to their resumption; NaN if the swap failed."""
     probe_error: float
-    """Mean |log-prob difference| between engine and learner after the swap, nats."""
+    """Mean |log-prob difference| between engine and learner after the swap, nats; NaN if it failed."""
     seconds: float
     """Wall time of the step."""
     signal_bias: dict[str, dict[str, float]]

@@ -22,6 +22,8 @@ CONCURRENT_CALLS = 10_000
 """Calls that may wait inside one asyncio actor; vLLM's scheduler does the real queueing."""
 
 
+RECHECK_S = 0.2
+"""Between two looks at whether vLLM has noticed that an engine core is gone."""
 SHUTDOWN_S = 10
 """How long an actor may take to end its engine before it is killed."""
 
@@ -77,14 +79,20 @@ def fail_with_engine_core(llm: AsyncLLM) -> None:
 
     client, loop = cast(Any, llm.engine_core), asyncio.get_running_loop()
 
-    def fail(process: BaseProcess) -> None:
-        loop.remove_reader(process.sentinel)
+    def fail() -> None:
+        known = client.resources.engine_dead  # From then on vLLM refuses new calls.
         for answer in client.utility_results.values():
             if not answer.done():
                 answer.set_exception(EngineDeadError())
+        if not known:
+            loop.call_later(RECHECK_S, fail)
+
+    def ended(process: BaseProcess) -> None:
+        loop.remove_reader(process.sentinel)
+        fail()
 
     for process in client.resources.engine_manager.processes:
-        loop.add_reader(process.sentinel, fail, process)
+        loop.add_reader(process.sentinel, ended, process)
 
 
 @contextmanager

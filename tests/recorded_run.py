@@ -14,9 +14,13 @@ if __name__ == "__main__":
     train_on = Controller.train_on
 
     async def recorded(self: Controller, batch: Batch) -> None:
-        await train_on(self, batch)
-        uids = [sample.rollout.prompt.uid for sample in batch.samples if sample.rollout.sample == 0]
-        jsonl.append(record, [{"step": self.step, "uids": uids}])
+        before = self.step
+        try:
+            await train_on(self, batch)
+        finally:  # The swap may fail after the update.
+            if self.step > before:
+                uids = [sample.rollout.prompt.uid for sample in batch.samples if sample.rollout.sample == 0]
+                jsonl.append(record, [{"step": self.step, "uids": uids}])
 
     Controller.train_on = recorded  # type: ignore[method-assign]
     raise SystemExit(main(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from typing import Any
@@ -39,8 +40,7 @@ class StepReporter:
         samples: list[Scored],
         graded: list[Graded],
         update: LearnerStep,
-        swap: SwapReport,
-        probe: ProbeResult,
+        swapped: tuple[SwapReport, ProbeResult] | None,
         learning: float,
         swapping: float,
     ) -> StepReport:
@@ -50,6 +50,7 @@ class StepReporter:
             step: updates done, this one included.
             samples: the batch that was learned.
             graded: its answers, in the same order.
+            swapped: how the swap went; None if it failed.
             learning, swapping: when the update and the swap began, ``time.time()``.
         """
         now = time.time()
@@ -72,11 +73,15 @@ class StepReporter:
             ),
             "learn": (prompt + response, self._worked("learn", [(0, learning, learning + update.seconds)], step)),
         }
-        self._worked("swap", [(0, swapping, swapping + swap.total_ms / 1e3)], step)
+        pause_ms, probe_error = math.nan, math.nan
+        if swapped is not None:
+            swap, probe = swapped
+            pause_ms, probe_error = swap.pause_ms, probe.mean
+            self._worked("swap", [(0, swapping, swapping + swap.total_ms / 1e3)], step)
+            self._swaps.append((pause_ms, probe_error))
         for stage, (tokens, spent) in work.items():
             self._tokens[stage] += tokens
             self._seconds[stage] += spent
-        self._swaps.append((swap.pause_ms, probe.mean))
         ages = [(step - 1 - span.version, span.stop - span.start) for r in rollouts for span in r.versions]
         finish = Counter(rollout.finish_reason for rollout in written)
         return StepReport(
@@ -104,8 +109,8 @@ class StepReporter:
                 "wait": update.wait_seconds,
             },
             signal_bias=update.signal_bias,
-            swap_ms=swap.pause_ms,
-            probe_error=probe.mean,
+            swap_ms=pause_ms,
+            probe_error=probe_error,
             seconds=now - self._began,
             by_mode=_by_mode(samples, graded, update),
         )
