@@ -74,6 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     loop = asyncio.new_event_loop()
     student = ModelReference(str(students["tied"]))
     group = loop.run_until_complete(LearnerGroup.start(config, student, "cpu", VOCAB_SIZE))
+    ray.get([rank.__ray_call__.remote(work_in_pieces) for rank in group.ranks])
     world = World(root, group, loop, students, teacher)
     generator = np.random.default_rng(0)
     world.batches = [[make_sample(teacher, generator, f"{step}/{i}") for i in range(11)] for step in range(STEPS)]
@@ -81,6 +82,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     group.shutdown()
     ray.shutdown()
     loop.close()
+
+
+def work_in_pieces(_: Any) -> None:
+    """Many buckets a backward pass, parameters larger than one, and norms of parts of them; runs in a rank."""
+    from s2w.learner import worker
+
+    worker.BUCKET_ELEMENTS["cpu"], worker.NORM_ELEMENTS = 50_000, 1_000
 
 
 def make_sample(teacher: PreTrainedModel, generator: np.random.Generator, uid: str) -> Scored:

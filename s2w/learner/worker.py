@@ -44,9 +44,30 @@ from s2w.weights.transfer import create_transfer
 _RANKS = "ranks"
 """DeepSpeed's tag: the directory with the files of every rank."""
 
+BUCKET_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Gradient elements that the ranks reduce at once, by device: enough for a message to be worth sending. DeepSpeed takes
+8 bytes for each (the gradient, a flat copy of it, that in float32); with its default, 5e8, a small model's gradients
+would all be there three times. A larger parameter is reduced by itself."""
+NORM_ELEMENTS = 1 << 20
+"""Gradient elements of which the norm is taken at once, in float64."""
+
 
 class LearnerRank:
-    """A DeepSpeed rank. Methods marked *collective* must be called on all ranks at once, in the same order."""
+    """A DeepSpeed rank. Methods marked *collective* must be called on all ranks at once, in the same order.
+
+    Memory (`benchmarks/memory.py`): at ZeRO stage 2 in bfloat16 18 bytes a parameter (weights 2, float32 master copy 4,
+    moments 8, float32 gradients 4; of all but the weights a rank has its share), and these buffers, for V tokens and
+    widths d (student) and d_t (teacher), b bytes an element:
+
+    - activations, and for the loss two [chunk_rows, V] products;
+    - gradient of the head: (4 + b) V d while the loss is made, then b V d, twice if it is also the embedding's;
+    - gradients on their way to other ranks: (4 + b) bytes an element of the largest parameter, 8 x BUCKET_ELEMENTS;
+    - b V d_t for each teacher's head, which is the file's own page cache where the checkpoint has the dtype;
+    - on the CPU, from the first swap on, a copy of the weights in the engines' dtype (rank 0);
+    - for a checkpoint, a shard of at most 5 GiB (rank 0).
+
+    In float32 it is 20 at stage 0 (16, and the flat copy in which DeepSpeed reduces gradients) and 21 at stage 2.
+    """
 
     def __init__(self, rank: int, world: int) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -116,6 +137,8 @@ class LearnerRank:
         if learner.zero_stage == 0:
             optimizer.register_step_pre_hook(self._clip_unsharded)
         self.engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        if hasattr(self.engine.optimizer, "get_grad_norm_direct"):
+            norm_in_pieces(self.engine.optimizer)
 
         self.teacher_heads: dict[str, Head] = {}
         if spec.signal == "hidden" and spec.loss.objective is Objective.divergence:
@@ -461,12 +484,32 @@ def deepspeed_settings(learner: LearnerConfig, dtype: str, device: str) -> dict[
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": learner.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS[device],
             "overlap_comm": device == "cuda" and learner.zero_stage >= 2,
         },
         "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
     }
+
+
+def norm_in_pieces(optimizer: Any) -> None:
+    """Has DeepSpeed's ZeRO optimizer take the gradient's norm in pieces of ``NORM_ELEMENTS``.
+
+    It casts each gradient to float64: of an embedding of 151,936 x 4,096 that would be 5 GB.
+    """
+    whole = optimizer.get_grad_norm_direct
+
+    def get_grad_norm_direct(gradients: Sequence[torch.Tensor], params: Sequence[nn.Parameter], *args: Any) -> Any:
+        real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+        pairs = [
+            (piece, parameter)
+            for gradient, parameter in zip(real, params, strict=False)
+            for piece in gradient.flatten().split(NORM_ELEMENTS)
+        ]
+        return whole([piece for piece, _ in pairs], [parameter for _, parameter in pairs], *args)
+
+    optimizer.get_grad_norm_direct = get_grad_norm_direct
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
