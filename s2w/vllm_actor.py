@@ -107,9 +107,7 @@ def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
         for process in cast(Any, llm.engine_core).resources.engine_manager.processes:
             process.join(1)
             if code := process.exitcode:
-                how = (
-                    f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
-                )
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 ends.append(f"its {process.name} process {process.pid} {how}")
         raise EngineDiedError(", ".join(ends) or str(error)) from error
 
