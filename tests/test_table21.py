@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -53,3 +54,35 @@ def test_cpu_time_between_the_first_and_the_last_step(table21: ModuleType, tmp_p
     # Three steps in 30 s, so four in 40 s; what follows the last step is not a step.
     assert clock.seconds("on_policy") == {"learn": pytest.approx(40.0)}
     assert np.isclose(sum(clock.seconds("off_policy").values()), 0)
+
+
+def test_what_the_documents_say_of_the_arms_is_in_the_figures() -> None:
+    """README.md and docs/table21.md: where distillation is ahead in every seed, and where it is not."""
+    arms = json.loads((ROOT / "docs" / "table21.json").read_text())["arms"]
+
+    def by_seed(arm: str, mode: str, score: str) -> np.ndarray:
+        return np.array(arms[arm][mode][f"{score}_by_seed"])
+
+    for mode, score in (("think", "pass1"), ("no_think", "pass64")):
+        for other in ("grpo", "more_off_policy"):
+            assert (by_seed("on_policy", mode, score) > by_seed(other, mode, score)).all()
+    level = by_seed("on_policy", "think", "pass64") == by_seed("grpo", "think", "pass64")
+    assert level.tolist() == [True, False, True]
+    ahead = by_seed("grpo", "no_think", "pass1") > by_seed("on_policy", "no_think", "pass1")
+    assert ahead.tolist() == [False, False, True]
+    costs = {arm: (arms[arm]["flops"], arms[arm]["core_seconds"]) for arm in ("on_policy", "grpo", "more_off_policy")}
+    assert min(costs.values()) == costs["on_policy"] == tuple(map(min, zip(*costs.values(), strict=True)))
+
+
+def test_the_table_by_seed_is_that_of_the_figures() -> None:
+    arms = json.loads((ROOT / "docs" / "table21.json").read_text())["arms"]
+    text = (ROOT / "docs" / "table21.md").read_text()
+    columns = (("think", "pass1"), ("think", "pass64"), ("no_think", "pass64"))
+    for label, arm in (
+        ("off-policy", "off_policy"),
+        ("+ on-policy distillation", "on_policy"),
+        ("+ GRPO", "grpo"),
+        ("+ more off-policy", "more_off_policy"),
+    ):
+        cells = [", ".join(f"{value:.3f}" for value in arms[arm][mode][f"{score}_by_seed"]) for mode, score in columns]
+        assert f"| {label} | {' | '.join(cells)} |" in text
