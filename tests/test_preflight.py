@@ -10,11 +10,13 @@ import pytest
 from tiny_models import make_checkpoint
 from transformers import AutoTokenizer
 
-from s2w.config import Config, SignalDtype
+from s2w.compose import compose
+from s2w.config import Config, Preflight, SignalDtype, SignalKind
 from s2w.errors import ConfigError
 from s2w.modes import render
 from s2w.preflight import FLOAT32, LOW_PRECISION, check_templates, tolerance
 from s2w.records import Mode, Prompt
+from s2w.train import train
 
 
 @pytest.fixture
@@ -64,6 +66,28 @@ def test_a_swapped_template_is_found_out(
     # The student's own template was changed on purpose.
     config.student.thinking_switch = True
     check_templates(config, prompts)
+
+
+@pytest.mark.parametrize("kind", SignalKind)
+@pytest.mark.parametrize("way", [Preflight.divergence, Preflight.log_probs])
+def test_a_run_with_a_swapped_template_ends_before_it_starts(
+    way: Preflight, kind: SignalKind, teacher: Path, tmp_path: Path
+) -> None:
+    student = make_checkpoint(tmp_path / "student", "tied", seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant", "<|im_start|>model")
+    tokenizer.save_pretrained(teacher)
+    divergence = "reverse_kl" if kind is SignalKind.sampled else "forward_kl"
+    config = compose(
+        [
+            f"teacher.model={teacher}", f"student.model={student}", f"run.dir={tmp_path / 'run'}",
+            f"run.preflight={way}", f"signal.kind={kind}", f"loss.divergence={divergence}", "data.tasks=[chain_sum]",
+            "data.train_prompts=4", "data.heldout_prompts=2", "data.max_prompt_tokens=128", "rollout.max_tokens=8",
+        ]
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^run.preflight: the chat template of teacher .* from token \d+ on"):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_without_template_passes(config: Config, prompts: list[Prompt], teacher: Path) -> None:

@@ -288,9 +288,9 @@ class LearnerGroup:
         by_sample = dict(zip(_order(plan), (values for share in shares for values in share), strict=True))
         return [by_sample[i] for i in range(len(samples))]
 
-    async def probe(self, token_ids: np.ndarray) -> np.ndarray:
+    async def probe(self, token_ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Log-prob of each token but the first, given those before it: float32 [n - 1], in nats."""
-        return (await self._call("probe", [(token_ids,)] * len(self.ranks)))[0]
+        return (await self._call("probe", [(token_ids, temperature)] * len(self.ranks)))[0]
 
     async def send_weights(self, step: str, *args: Any) -> Any:
         """A step of a weight swap on all ranks; returns what rank 0 returns (:mod:`s2w.weights.publish`)."""

@@ -88,7 +88,7 @@ class StudentModel(nn.Module):
         weights: torch.Tensor | None = None,
         policy: PolicyRows | None = None,
         evaluate: Sequence[tuple[str, Divergence]] = (),
-        log_probs: bool = False,
+        log_probs_at: float | None = None,
         measure_bias: bool = False,
     ) -> dict[str, Any]:
         """Runs the student over a micro-batch.
@@ -98,7 +98,7 @@ class StudentModel(nn.Module):
             weights: [N] of the rows in the divergence's sum, 1 if None.
             policy: a policy gradient to add; without ``teacher`` it is the whole loss.
             evaluate: names and divergences to compute without gradient, in place of the training loss.
-            log_probs: return the log-probs of ``targets`` instead.
+            log_probs_at: return the log-probs of ``targets`` at this temperature instead.
             measure_bias: training with HiddenRows: add ``signal_bias``, see
                 :func:`s2w.learner.signal_bias.signal_bias`.
 
@@ -108,15 +108,15 @@ class StudentModel(nn.Module):
             :class:`~s2w.learner.fused_kl.DivergenceOutput`.
             ``evaluate``: float32 [N] by name, at the temperature of the loss. Signal ``sampled`` can only estimate
             ``reverse_kl``; the others are NaN.
-            ``log_probs``: float32 [N] ``log_probs``, in nats, at temperature 1.
+            ``log_probs_at``: float32 [N] ``log_probs``, in nats.
             Neither ``teacher`` nor ``policy``: a ``loss`` of exactly 0 that depends on every weight, for a rank that
             only keeps in step.
         """
         hidden = self.lm.base_model(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, tokens.rows)
         head = self.head
-        if log_probs:
-            log_q = head.cut(self.vocab_size).logits(hidden).log_softmax(-1)
+        if log_probs_at is not None:
+            log_q = (head.cut(self.vocab_size).logits(hidden) / log_probs_at).log_softmax(-1)
             return {"log_probs": log_q.gather(-1, tokens.targets[:, None])[:, 0]}
         if teacher is None and policy is None:
             parameters = self.lm.get_output_embeddings().parameters()

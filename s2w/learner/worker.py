@@ -271,17 +271,17 @@ class LearnerRank:
         self._raise_together(lost)
         return result
 
-    def probe(self, token_ids: np.ndarray) -> np.ndarray:
+    def probe(self, token_ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Log-prob of each token but the first, given those before it; collective.
 
         Returns:
-            float32 [len(token_ids) - 1], in nats, at temperature 1.
+            float32 [len(token_ids) - 1], in nats.
         """
         self.engine.eval()
         ids = torch.from_numpy(np.asarray(token_ids, np.int64))
         tokens = Tokens(ids[None, :-1], torch.arange(len(ids) - 1), ids[1:]).to(self.device)
         with torch.no_grad():
-            return self.engine(tokens, log_probs=True)["log_probs"].float().cpu().numpy()
+            return self.engine(tokens, log_probs_at=temperature)["log_probs"].float().cpu().numpy()
 
     def named_full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and whole weight of each of the student's parameters, gathered one at a time; collective.
