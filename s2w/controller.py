@@ -57,6 +57,8 @@ class Controller:
         heldout: prompts of the held-out evaluation.
         credit: what each sample counts for.
         scored: the teachers score training batches, not only the held-out evaluation.
+        probe_ids: tokens whose log-probs engines and learner are compared by after a swap, int32.
+        probe_tolerance: see :func:`s2w.weights.probe.compare`.
         step: updates that the learner's weights have already had (resume).
         checkpoints: directory of the checkpoints.
         on_batch: called with every batch once it is scored, the held-out ones too.
@@ -79,6 +81,7 @@ class Controller:
         recorder: Recorder,
         progress: Progress,
         reporter: StepReporter,
+        probe_ids: np.ndarray,
         probe_tolerance: float,
         step: int,
         checkpoints: Path,
@@ -93,8 +96,9 @@ class Controller:
         self.saver = Saver(learner, checkpoints, loop.keep_checkpoints, step, progress)
         self.position = stream.state_dict()
         self.on_batch = on_batch
-        self.probe_tolerance, self.probe_ids = probe_tolerance, heldout[0].token_ids
+        self.probe_tolerance, self.probe_ids = probe_tolerance, probe_ids
         self.probed: np.ndarray | None = None
+        self.usual: list[float] = []  # the median difference at each swap
         self.grading = asyncio.Lock()
 
     async def run(self) -> None:
@@ -205,6 +209,7 @@ class Controller:
                 engine,
                 model,
                 self.probed,
+                max(self.usual, default=np.inf),
                 name=f"rollout engine {i}",
                 version=self.step,
                 tolerance=self.probe_tolerance,
@@ -212,6 +217,7 @@ class Controller:
             for i, engine in enumerate(engines)
         ]
         self.probed = model
+        self.usual.append(max(probe.median for probe in probes))
         return swap, max(probes, key=lambda probe: probe.mean)
 
     def evaluation_is_due(self) -> bool:

@@ -33,6 +33,7 @@ from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.routing import Teachers
 from s2w.validate import check, check_resources, check_verifiable, off_policy_prompts
+from s2w.weights.probe import probe_tokens
 
 
 def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None) -> int:
@@ -179,6 +180,7 @@ async def _on_policy(
             recorder=job.recorder,
             progress=progress,
             reporter=reporter,
+            probe_ids=probe_tokens([prompt.token_ids for prompt in heldout], facts.max_model_len - 1),
             probe_tolerance=probe_tolerance(config, dtypes),
             step=step,
             checkpoints=job.directory / CHECKPOINTS,
