@@ -6,6 +6,7 @@ Token ids 0 to 505 are byte-level BPE, 506 to 511 are the added tokens, so every
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,17 +100,44 @@ def make_model(kind: Kind, seed: int, **overrides: Any) -> Qwen3ForCausalLM | Qw
     return model.eval()
 
 
-def make_checkpoint(path: str | Path, kind: Kind, seed: int, dtype: str = "float32", **overrides: Any) -> Path:
+@torch.no_grad()
+def prefer(model: Qwen3ForCausalLM | Qwen3MoeForCausalLM, likely: Mapping[int, float]) -> None:
+    """Sets the logits of some tokens of an untied model to about so many nats, whatever stands before them.
+
+    Qwen3's head has no bias: the first component of every embedding becomes 2, and the head's rows of those tokens take
+    from it what a bias would give. The other tokens' logits are as random as they were, with a log sum of about 7.
+    """
+    model.model.embed_tokens.weight[:, 0] = 2.0
+    component = model.model(torch.arange(VOCAB_SIZE)[None]).last_hidden_state[0, :, 0].mean()
+    model.lm_head.weight[:, 0] = 0.0
+    for token, nats in likely.items():
+        model.lm_head.weight[token] = 0.0
+        model.lm_head.weight[token, 0] = nats / component
+
+
+def make_checkpoint(
+    path: str | Path,
+    kind: Kind,
+    seed: int,
+    dtype: str = "float32",
+    likely: Mapping[int, float] | None = None,
+    **overrides: Any,
+) -> Path:
     """Writes model, configuration, generation configuration and tokenizer to ``path``; returns ``path``.
 
     Args:
         kind: ``tied`` (dense, ``lm_head`` is the embedding), ``untied`` (dense) or ``moe`` (untied, 8 experts).
         seed: of the weights; the tokenizer is always the same.
         dtype: of the weights in the file.
-        overrides: fields of the model's configuration, such as ``num_hidden_layers=4``.
+        likely: see :func:`prefer`.
+        overrides: fields of the model's configuration, such as ``num_hidden_layers=4``, or ``vocab_size=576`` for a
+            head that is padded past the tokenizer, with rows as likely as the others.
     """
     path = Path(path)
-    make_model(kind, seed, **overrides).to(getattr(torch, dtype)).save_pretrained(path)
+    model = make_model(kind, seed, **overrides)
+    if likely is not None:
+        prefer(model, likely)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
 
