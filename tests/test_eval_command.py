@@ -54,9 +54,9 @@ def test_eval_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert scores["no_think", None]["pass_at"]["1"]["value"] == 0.5
     solved = [one["uid"] for one in report["problems"] if one["correct"]]
     assert solved == [f"problems/{i}" for i in range(1, PROBLEMS, 2)]
-    assert scores["think", BUDGET]["forced"] > 0
-    assert scores["think", None]["forced"] == scores["no_think", None]["forced"] == 0
-    assert scores["think", BUDGET]["obedience"] > scores["think", None]["obedience"]
+    # None of these random greedy responses closes its think block by itself, within MAX_TOKENS: the budget closes all.
+    assert [scores[way]["forced"] for way in scores] == [1, 0, 0]
+    assert scores["think", BUDGET]["obedience"] == 1 and scores["think", None]["obedience"] == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:2] == ["mode", "budget"]
     assert len(table) == 4

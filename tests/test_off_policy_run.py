@@ -274,17 +274,24 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
         ray.shutdown()
     assert not list((directory / "off_policy").glob("shard-*"))
     first, second = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert Path(last.reference).name == "step_000002" and second["step"] == 2
-    stream = ResponseStream(split(read_dataset(config, facts), 4, seed=0).train, 8, seed=0)
-    teachers, model = {"think": load(world.teacher), "no_think": load(world.other_teacher)}, load(student.resolve())
-    divergences = []
-    for response in stream.batch(0):
-        log_p, log_q = (distributions(one, response) for one in (teachers[response.prompt.mode], model))
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    assert last.resolve().name == "step_000002" and second["step"] == 2
+    responses = split(read_dataset(config, facts), 4, seed=0)
+    teachers = {"think": load(world.teacher), "no_think": load(world.other_teacher)}
+
+    def loss(path: Path, chosen: list[Response]) -> float:
+        model, divergences = load(path), []
+        for response in chosen:
+            log_p, log_q = (distributions(one, response) for one in (teachers[response.prompt.mode], model))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        return torch.cat(divergences).mean().item()
+
     # float32 both; the teacher's hidden rows come out of vLLM.
-    assert first["loss"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-4)
-    heldout = [json.loads(line) for line in (directory / "off_policy" / "heldout.jsonl").read_text().splitlines()]
-    assert heldout[1]["loss"] < heldout[0]["loss"]
+    first_batch = ResponseStream(responses.train, 8, seed=0).batch(0)
+    assert first["loss"] == pytest.approx(loss(student.resolve(), first_batch), rel=1e-4)
+    lines = [json.loads(line) for line in (directory / "off_policy" / "heldout.jsonl").read_text().splitlines()]
+    expected = [loss(path, responses.heldout) for path in (student.resolve(), last.resolve())]
+    assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
+    assert expected[1] < expected[0]
 
 
 def test_an_empty_set_is_refused_with_its_table(story: Story, world: World) -> None:

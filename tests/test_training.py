@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import pickle
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ray._private import worker
 from stop_signals import stop_during
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from s2w import controller
 from s2w.cli import main
 from s2w.compose import compose
 from s2w.config import Config
 from s2w.errors import ConfigError
-from s2w.records import Scored
+from s2w.learner.group import LearnerGroup, LearnerStep
+from s2w.records import Prompt, Rollout, Scored
+from s2w.rollout.pool import RolloutPool
 from s2w.stopping import INTERRUPTED
 from s2w.train import train
+from s2w.weights.publish import SwapReport
 
 COMMON = [
     "student.init=fresh", "student.overrides={num_hidden_layers: 1}",
@@ -44,9 +50,13 @@ class Run:
     """A finished run and what its controller saw."""
 
     directory: Path
-    batches: list[list[Scored]]
-    held: list[int]
+    batches: list[list[Scored]] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
     """Of the samples before each batch, those that something still refers to when it is complete."""
+    unpacked: set[str] = field(default_factory=set)
+    """Ray's ids of the objects that became values in the controller's process."""
+    inline: list[str] = field(default_factory=list)
+    """uids of samples whose signal came into the controller's process with a call's result."""
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -75,23 +85,33 @@ def job(teacher: Path, runs: Path) -> Callable[..., Run]:
         config: Config = compose(
             [*COMMON, f"teacher.model={teacher}", f"student.model={teacher}", f"run.dir={runs / name}", *overrides]
         )
-        batches: list[list[Scored]] = []
-        held: list[int] = []
+        result = Run(runs / name)
         arrays: list[weakref.ref[np.ndarray]] = []
+        unpack = worker.Worker.deserialize_objects
+
+        def watched(self: worker.Worker, objects: Any, references: Any, *rest: Any, **options: Any) -> Any:
+            result.unpacked.update(reference.hex() for reference in references)
+            return unpack(self, objects, references, *rest, **options)
 
         def keep(samples: list[Scored]) -> None:
+            exists = worker.global_worker.core_worker.object_exists  # type: ignore[attr-defined]
+            result.inline += [
+                s.rollout.uid for s in samples if s.signal and exists(s.signal.payload, memory_store_only=True)
+            ]
             if copies:
                 gc.collect()
-                held.append(sum(array() is not None for array in arrays))
+                result.held.append(sum(array() is not None for array in arrays))
                 arrays.extend(weakref.ref(sample.rollout.token_ids) for sample in samples)
                 samples = [Scored(replace(s.rollout, token_ids=s.rollout.token_ids.copy()), None) for s in samples]
-            batches.append(samples)
+            result.batches.append(samples)
 
         with pytest.MonkeyPatch.context() as patch:
+            # What ray.get and await both go through.
+            patch.setattr(worker.Worker, "deserialize_objects", watched)
             if stop is not None:
                 stop_during(patch, *stop)
             assert train(config, keep) == (0 if stop is None else INTERRUPTED)
-        return Run(runs / name, batches, held)
+        return result
 
     return run
 
@@ -123,13 +143,11 @@ def test_the_run_directory(whole: Run) -> None:
     assert {"config.yaml", "metrics.jsonl", "heldout.jsonl", "tensorboard", "checkpoints", "summary.json"} <= names
     assert [line["step"] for line in whole.metrics] == [1, 2, 3, 4]
     summary = whole.summary
-    for moment, version in (("before", 0), ("after", 4)):
-        assert summary["heldout"][moment]["version"] == version
-        assert summary["heldout"][moment]["forward_kl"] > 0
-        assert summary["heldout"][moment]["reverse_kl"] > 0
+    assert [summary["heldout"][moment]["version"] for moment in ("before", "after")] == [0, 4]
     assert set(summary["tokens_per_second"]) == {"generate", "score", "learn"}
-    assert summary["probe_error"] < 1e-3
-    assert summary["swap_ms"] > 0 and summary["wall_seconds"] > 0
+    assert summary["probe_error"] == max(line["probe_error"] for line in whole.metrics) < 1e-5
+    assert summary["swap_ms"] == sorted(line["swap_ms"] for line in whole.metrics)[2]
+    assert summary["wall_seconds"] > sum(line["seconds"] for line in whole.metrics)
     events = EventAccumulator(str(whole.directory / "tensorboard")).Reload()
     logged = [(event.step, event.value) for event in events.Scalars("divergence")]
     expected = [(line["step"], line["divergence"]) for line in whole.metrics]
@@ -153,10 +171,35 @@ def test_signals_are_measured(whole: Run, capsys: pytest.CaptureFixture[str]) ->
     assert (whole.directory / "signals.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_it_learns(whole: Run) -> None:
+def test_it_learns(whole: Run, teacher: Path) -> None:
+    """Held-out KL before and after are those of the checkpoints by transformers, and the second is smaller."""
     summary = whole.summary["heldout"]
-    assert summary["after"]["forward_kl"] < summary["before"]["forward_kl"]
-    assert summary["after"]["reverse_kl"] < summary["before"]["reverse_kl"]
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    for moment, path, samples in (
+        ("before", whole.directory / "student", whole.batches[0]),
+        ("after", whole.directory / "checkpoints" / "latest", whole.batches[-1]),
+    ):
+        student = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        rows = [[log_probs(one, sample.rollout) for sample in samples] for one in (model, student)]
+        log_p, log_q = (torch.cat(each) for each in rows)
+        # float32 against float64.
+        forward, reverse = kl(log_p, log_q), kl(log_q, log_p)
+        assert summary[moment]["forward_kl"] == pytest.approx(forward, abs=1e-5)
+        assert summary[moment]["reverse_kl"] == pytest.approx(reverse, abs=1e-5)
+    for direction in ("forward_kl", "reverse_kl"):
+        assert summary["after"][direction] < summary["before"][direction]
+
+
+def log_probs(model: Any, rollout: Rollout) -> torch.Tensor:
+    """[n, V] at the response tokens."""
+    ids = torch.from_numpy(rollout.input_ids).long()
+    with torch.no_grad():
+        return model(ids[None]).logits[0, len(rollout.prompt.token_ids) - 1 : -1].log_softmax(-1)
+
+
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    """KL(p || q), mean over rows."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
 def test_at_staleness_zero_each_batch_is_written_by_the_weights_that_learn_from_it(whole: Run) -> None:
@@ -222,6 +265,9 @@ def test_the_controller_holds_no_tensor(whole: Run) -> None:
             assert type(sample.signal.payload).__name__ == "ObjectRef"
             others = [getattr(sample.signal, name) for name in sample.signal.__slots__ if name != "payload"]
             assert len(pickle.dumps(others)) < 400
+            # And it was never resolved.
+            assert sample.signal.payload.hex() not in whole.unpacked
+    assert len(whole.unpacked) > 20 and not whole.inline
     assert signal_bytes > 10 * record_bytes
     assert record_bytes <= 8 * tokens
 
@@ -234,13 +280,56 @@ def test_the_checkpoint_loads_in_transformers(whole: Run) -> None:
     assert len(AutoTokenizer.from_pretrained(path)) == model.config.vocab_size
 
 
+STALE_STEPS = 4
+
+
+def hold_half_of_each_batch(patch: pytest.MonkeyPatch, size: int, longest: int) -> None:
+    """Makes sure of what overlapping only makes likely: of batch n + 1 one response is requested when learning batch n
+    begins, and three just before the swap after it, which comes when one of them has begun and is far from its end."""
+    begun: defaultdict[tuple[str, int], asyncio.Event] = defaultdict(asyncio.Event)
+    calls = 0
+    generate, step, publish = RolloutPool.generate, LearnerGroup.step, controller.publish
+
+    async def held(self: RolloutPool, prompt: Prompt, sample: int, budget: int | None = None) -> Rollout:
+        nonlocal calls
+        if "/train/" in prompt.uid:
+            batch, position = divmod(calls, size)
+            calls += 1
+            if batch and position % 2:
+                await begun["learn" if position == 1 else "swap", batch].wait()
+        return await generate(self, prompt, sample, budget)
+
+    async def telling(self: LearnerGroup, samples: list[Scored], number: int) -> LearnerStep:
+        begun["learn", number + 1].set()
+        return await step(self, samples, number)
+
+    def lengths(engine: Any) -> list[int]:
+        """Tokens so far of the responses under way."""
+        return [state.detokenizer.num_output_tokens() for state in engine.llm.output_processor.request_states.values()]
+
+    async def timely(learner: LearnerGroup, pool: RolloutPool, version: int, *rest: Any) -> SwapReport:
+        begun["swap", version].set()
+        while 0 < version < STALE_STEPS:
+            under_way = [await engine.__ray_call__.remote(lengths) for engine in pool.engines]
+            if any(0 < tokens < longest // 2 for own in under_way for tokens in own):
+                break
+            await asyncio.sleep(0.01)
+        return await publish(learner, pool, version, *rest)
+
+    patch.setattr(RolloutPool, "generate", held)
+    patch.setattr(LearnerGroup, "step", telling)
+    patch.setattr(controller, "publish", timely)
+
+
 def test_staleness_one_overlaps_and_stays_within_its_bound(
-    job: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+    job: Callable[..., Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    longest = 192
+    hold_half_of_each_batch(monkeypatch, size=8, longest=longest)
     run = job(
-        "stale", "loop.steps=4", "loop.max_staleness=1", "rollout.engines=2", "signal.kind=topk", "signal.top_k=16",
-        "loss.divergence=reverse_kl", "learner.zero_stage=3", "loop.eval_every=2", "rollout.max_tokens=24",
-        "run.preflight=divergence",
+        "stale", f"loop.steps={STALE_STEPS}", "loop.max_staleness=1", "rollout.engines=2", "signal.kind=topk",
+        "signal.top_k=16", "loss.divergence=reverse_kl", "learner.zero_stage=3", "loop.eval_every=2",
+        f"rollout.max_tokens={longest}", "run.preflight=divergence",
     )  # fmt: skip
     assert "preflight: a student equal to teacher has a divergence of" in capsys.readouterr().out
     assert main(["signals", str(run.directory)]) == 2
@@ -252,24 +341,39 @@ def test_staleness_one_overlaps_and_stays_within_its_bound(
     heldout = [json.loads(line)["version"] for line in (run.directory / "heldout.jsonl").read_text().splitlines()]
     assert heldout == [0, 2, 4]
 
+    timeline = [json.loads(line) for line in (run.directory / "timeline.jsonl").read_text().splitlines()]
+    work = {
+        stage: {step: [(o["start"], o["stop"]) for o in timeline if (o["stage"], o["step"]) == (stage, step)]
+                for step in range(1, STALE_STEPS + 1)}
+        for stage in ("generate", "learn", "swap")
+    }  # fmt: skip
+    for step in range(1, STALE_STEPS):
+        [(begin, end)] = work["learn"][step]
+        # The next batch was generated in the time of the update, and over the swap that followed it.
+        assert any(start < end and stop > begin for start, stop in work["generate"][step + 1])
+        [(swap, _)] = work["swap"][step]
+        assert any(start < swap < stop for start, stop in work["generate"][step + 1])
+    assert sum(crosses_a_swap(sample.rollout) for samples in run.batches for sample in samples) >= STALE_STEPS - 1
+    versions = [{span.version for s in samples for span in s.rollout.versions} for samples in training_batches(run)]
+    assert versions == [{0}, {0, 1}, {1, 2}, {2, 3}]
+
+
+def crosses_a_swap(rollout: Rollout) -> bool:
+    """Two versions wrote the response, one after the other and all of it."""
+    if len(rollout.versions) == 1:
+        return False
+    first, second = rollout.versions
+    assert (first.start, first.stop, second.stop) == (0, second.start, len(rollout.token_ids))
+    assert second.version == first.version + 1
+    return True
+
+
+def training_batches(run: Run) -> list[list[Scored]]:
+    """Without the held-out ones, in the order in which they were learned."""
+    return [samples for samples in run.batches if "/train/" in samples[0].rollout.prompt.uid]
+
 
 def test_too_few_cpus_are_said_before_a_model_loads(job: Callable[..., Run], runs: Path) -> None:
     with pytest.raises(ConfigError, match=r"reserves 1000\.4 CPUs .* but the cluster has \d+:"):
         job("greedy", "rollout.cpus=1000", "loop.steps=1")
     assert not (runs / "greedy").exists()
-
-
-@pytest.mark.long
-def test_grpo(job: Callable[..., Run]) -> None:
-    """Rewards alone: no teacher is asked about a training batch, only about the held-out ones."""
-    run = job(
-        "grpo", "loop.steps=2", "loss.objective=grpo", "loop.samples_per_prompt=4", "data.think_ratio=0.25",
-        "data.think_ratio_end=0.75",
-    )  # fmt: skip
-    for step, samples in enumerate(run.batches[1:-1]):
-        assert all(sample.signal is None for sample in samples)
-        modes = Counter(sample.rollout.prompt.mode for sample in samples)
-        assert modes["think"] == 4 * (1, 3)[step]
-    assert all(sample.signal for samples in (run.batches[0], run.batches[-1]) for sample in samples)
-    assert all(set(line["by_mode"]) == {"think", "no_think"} for line in run.metrics)
-    assert all(line["tokens_per_second"]["score"] == 0 for line in run.metrics)
