@@ -38,9 +38,6 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
     # Ray says at every start that its default, a token, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_default)
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
-    if own:
-        # A cluster of the run's own: nobody restarts its control store, which its agents would wait for a minute.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(

@@ -78,7 +78,7 @@ def reason(error: BaseException, who: str = "") -> str:
         return f"its process {found['pid']} {how}{_less_memory(who)}"
     if isinstance(error, RayActorError) and "creation task" in text:
         text = str(error).strip().splitlines()[-1]
-    if isinstance(error, EngineDiedError) and "SIGKILL" in text:
+    if isinstance(error, EngineDiedError) and "killed" in text:
         text += _less_memory(who)
     if not text:
         return type(error).__name__

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, cast
 
@@ -103,13 +104,19 @@ def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
     try:
         yield
     except EngineDeadError as error:
-        ends = []
-        for process in cast(Any, llm.engine_core).resources.engine_manager.processes:
-            process.join(1)
-            if code := process.exitcode:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                ends.append(f"its {process.name} process {process.pid} {how}")
+        ends = [
+            f"its {process.name} process {process.pid} {_end(process.exitcode)}"
+            for process in cast(Any, llm.engine_core).resources.engine_manager.processes
+            if connection.wait([process.sentinel], timeout=1)
+        ]
         raise EngineDiedError(", ".join(ends) or str(error)) from error
+
+
+def _end(code: int | None) -> str:
+    """How a process ended, by its exit code; None where something else has collected that."""
+    if code is None:
+        return "was killed or crashed"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 async def first_error(what: str, calls: list[ray.ObjectRef], timeout_s: float) -> list[Any]:

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 
 GRACE_S = 15
-"""No process of a run outlives it by more than this."""
+"""No process of a run outlives it by more than this, but for Ray's agents."""
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Ray's own, which try for a minute to report the end of a node that was killed."""
 
 
 class LiveRun:
@@ -50,15 +52,17 @@ class LiveRun:
         self.until(lambda: words in self.text(), seconds)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """The driver's descendants whose command line, which Ray and vLLM set to a title, begins with ``title``."""
+        """The driver's descendants, without Ray's agents, whose command line, which Ray and vLLM set to a title, begins with ``title``."""
         found = []
         for process in self.process.children(recursive=True):
-            self.family[process.pid] = process
             try:
-                if " ".join(process.cmdline()).startswith(title):
-                    found.append(process)
+                command = " ".join(process.cmdline())
             except psutil.NoSuchProcess:
                 continue
+            if not command.startswith(RAY_AGENTS):
+                self.family[process.pid] = process
+                if command.startswith(title):
+                    found.append(process)
         return found
 
     def survivors(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -301,4 +302,6 @@ def test_calls_of_an_engine_that_dies_end_within_seconds(pool: RolloutPool, loop
         return [pid, *results]
 
     pid, *errors = loop.run_until_complete(kill())
-    assert [reason(error) for error in errors] == [f"its EngineCore process {pid} was killed by SIGKILL"] * 3
+    # Who collects the exit code first, vLLM or Ray, is open.
+    said = rf"its EngineCore process {pid} was killed (by SIGKILL|or crashed)"
+    assert [bool(re.fullmatch(said, reason(error))) for error in errors] == [True] * 3, errors
