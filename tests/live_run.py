@@ -52,7 +52,7 @@ class LiveRun:
         self.until(lambda: words in self.text(), seconds)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """The driver's descendants, without Ray's agents, whose command line, which Ray and vLLM set to a title, begins with ``title``."""
+        """The descendants whose title (Ray and vLLM set one) begins with ``title``, without Ray's agents."""
         found = []
         for process in self.process.children(recursive=True):
             try:
