@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+import psutil
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
@@ -19,6 +20,7 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from s2w.config import ClusterConfig
 from s2w.errors import ConfigError
+from s2w.orphans import start_reaper
 
 ANSWER_S = 10
 """How long an address may take to accept a connection, and then to speak Ray's protocol."""
@@ -49,11 +51,18 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
     except ConnectionError as error:
         raise ConfigError(f"cluster.address={cluster.address}: {' '.join(str(error).split())}") from error
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has its own handler, which ends this process.
+    # Ray's agents try for a minute to report the end of a node whose driver was killed. A cluster that was joined has
+    # no process here.
+    family = psutil.Process().children(recursive=True)
+    reaper = start_reaper(family) if family else None
     try:
         resources = ray.cluster_resources()
         yield _device(cluster, resources), resources
     finally:
         ray.shutdown()
+        if reaper is not None:
+            reaper.kill()
+            reaper.wait()
 
 
 def check_address(cluster: ClusterConfig) -> None:
@@ -66,25 +75,29 @@ def check_address(cluster: ClusterConfig) -> None:
     # Ray's own rule: the environment replaces no address, and auto.
     if (environment := os.environ.get("RAY_ADDRESS")) and address in (None, "auto"):
         setting, address = "RAY_ADDRESS", environment
-    if address in (None, "local"):
+    if address == "local":
         return
-    if address == "auto":
+    hint = "check that its head is up and its port open from here (6379, or 10001 after ray://)"
+    if address in (None, "auto"):
+        hint = "`ray start` started it here, and it is gone: run `ray stop`, or write cluster.address=local"
         try:
-            found = canonicalize_bootstrap_address(address)
+            found = canonicalize_bootstrap_address(address)  # type: ignore[arg-type]  # documented: str or None
         except ConnectionError as error:
             raise ConfigError(
                 f"{setting}=auto: no Ray cluster runs on this machine; start one (ray start --head), or write null"
             ) from error
+        if found is None:
+            return
     else:
         found = address.removeprefix("ray://")
     host, _, port = str(found).rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535 or "://" in host:
-        raise ConfigError(f"{setting}={address}: write HOST:PORT, ray://HOST:PORT or auto")
+        raise ConfigError(f"{setting}={address or 'null'}: write HOST:PORT, ray://HOST:PORT or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
         channel = init_grpc_channel(f"{host}:{port}", options=GLOBAL_GRPC_OPTIONS)
         try:
-            if address.startswith("ray://"):
+            if str(address).startswith("ray://"):
                 grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
             else:
                 NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_S)
@@ -95,8 +108,7 @@ def check_address(cluster: ClusterConfig) -> None:
             return  # A cluster, to which ray.init says what is wrong with the token.
         reason = error.strerror or str(error) if isinstance(error, OSError) else "what listens there is something else"
         raise ConfigError(
-            f"{setting}={address}: no Ray cluster answers at {host}:{port} ({reason}): check that its head is up and "
-            "its port open from here (6379, or 10001 after ray://)"
+            f"{setting}={address or 'null'}: no Ray cluster answers at {host}:{port} ({reason}): {hint}"
         ) from error
 
 

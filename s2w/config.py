@@ -451,7 +451,7 @@ class ClusterConfig:
     """The Ray cluster."""
 
     address: str | None = None
-    """Ray address; null joins the cluster of `ray job submit` or starts one on this machine."""
+    """Ray address; null joins the cluster of `ray job submit` or `ray start`, or starts one on this machine."""
     device: Annotated[str, OneOf(("auto", "cuda", "cpu"))] = "auto"
     """cuda, cpu, or auto: cuda if the cluster has GPUs."""
     log_to_driver: bool = False

@@ -16,9 +16,7 @@ from pathlib import Path
 import psutil
 
 GRACE_S = 15
-"""No process of a run outlives it by more than this, but for Ray's agents."""
-RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own, which try for a minute to report the end of a node that was killed."""
+"""No process of a run outlives it by more than this."""
 
 
 class LiveRun:
@@ -52,17 +50,16 @@ class LiveRun:
         self.until(lambda: words in self.text(), seconds)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """The descendants whose title (Ray and vLLM set one) begins with ``title``, without Ray's agents."""
+        """The descendants whose title (Ray and vLLM set one) begins with ``title``."""
         found = []
         for process in self.process.children(recursive=True):
             try:
                 command = " ".join(process.cmdline())
             except psutil.NoSuchProcess:
                 continue
-            if not command.startswith(RAY_AGENTS):
-                self.family[process.pid] = process
-                if command.startswith(title):
-                    found.append(process)
+            self.family[process.pid] = process
+            if command.startswith(title):
+                found.append(process)
         return found
 
     def survivors(self) -> list[str]:

@@ -154,6 +154,14 @@ def test_the_environment_is_an_address_too(
     required = [f"teacher.model={dense}", f"student.model={dense}", "data.tasks=[chain_sum]", f"run.dir={tmp_path}/r"]
     assert cli.main(["train", *required]) == 2
     assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers" in capsys.readouterr().err
+    # What a cluster of `ray start` that died leaves behind.
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    assert cli.main(["train", *required]) == 2
+    said = capsys.readouterr().err
+    assert "cluster.address=null: no Ray cluster answers at" in said and "run `ray stop`, or write" in said
 
 
 def numbers(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

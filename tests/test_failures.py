@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import ray
 
 from s2w.errors import ConfigError, RunError
 from s2w.failures import ActorFailedError, EngineDiedError, answer, reason, reported
+
+# Ray's workers cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Actor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from s2w.learner.messages import NonFiniteError, SignalLostError
 from s2w.learner.schedule import learning_rate
 from s2w.models.checkpoint import ModelReference
 from s2w.records import Mode, Prompt, Rollout, Scored, TeacherSignal
+
+# Ray's workers cannot import this file.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 STEPS = 3
 MAX_GRAD_NORM = 0.3

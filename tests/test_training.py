@@ -118,7 +118,7 @@ def job(teacher: Path, runs: Path) -> Callable[..., Run]:
 
 DETERMINISTIC = [
     "run.deterministic=true", "learner.ranks=2", "learner.zero_stage=2", "loop.checkpoint_every=2",
-    "signal.bias_every=2",
+    "loop.keep_checkpoints=3", "signal.bias_every=2",
 ]  # fmt: skip
 
 

@@ -125,7 +125,7 @@ class RolloutEngine:
         stop_token_ids: tuple[int, ...],
     ) -> None:
         self.config, self.index, self.candidates = config, index, candidates
-        self.stop_token_ids, self.vocab_size = stop_token_ids, vocab_size
+        self.stop_token_ids = stop_token_ids
         self.max_model_len = max_model_len
         world = config.tensor_parallel * config.pipeline_parallel
         options = prepare_process(device, world, config.threads, config.kv_cache_gib)
