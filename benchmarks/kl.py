@@ -80,8 +80,9 @@ class Inputs:
 
 
 def ours(x: Inputs, divergence: str, chunk_rows: int) -> Tensor:
-    from s2w.learner.divergence import make_divergence
-    from s2w.learner.fused_kl import Head, HiddenRows, divergence_loss
+    from s2w.models.head import Head
+    from s2w.objectives.divergences import make_divergence
+    from s2w.objectives.kernel import HiddenRows, divergence_loss
 
     teacher = HiddenRows(x.teacher_hidden, Head(x.teacher_head))
     weights = torch.full((len(x.hidden),), 1 / len(x.hidden))

@@ -34,15 +34,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2w.compose import compose
-from s2w.config import Config, SignalKind
+from s2w.actors.hardware import core_count, resolve_dtype
+from s2w.actors.vllm import actor_options, prepare_process
+from s2w.config.compose import compose
+from s2w.config.schema import Config, SignalKind
 from s2w.errors import ConfigError
-from s2w.hardware import core_count, resolve_dtype
+from s2w.launch.check import check
 from s2w.models.student import materialise_student
 from s2w.observe.timeline import merge, seconds
 from s2w.records import Rollout, Scored
-from s2w.validate import check
-from s2w.vllm_actor import actor_options, prepare_process
 
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest relative difference of the first step's loss, which both sides compute with the same weights."""
@@ -92,7 +92,7 @@ def run_loop(config: Config) -> LoopRun:
     Raises:
         RuntimeError: the run was interrupted.
     """
-    from s2w.train import train
+    from s2w.launch.train import train
 
     batches: list[list[Rollout]] = []
 
@@ -254,7 +254,7 @@ def learn(work: Work, directory: Path) -> dict[str, Any]:
 
     from s2w.learner.batching import plan_micro_batches
     from s2w.learner.schedule import learning_rate
-    from s2w.teacher.head import load_head
+    from s2w.models.head import load_head
 
     learner, device = work.config.learner, torch.device(work.device)
     torch.set_num_threads(learner.threads or core_count())

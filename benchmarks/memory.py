@@ -34,7 +34,7 @@ import ray
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from s2w.config import Config, SignalConfig
+from s2w.config.schema import Config, SignalConfig
 from s2w.learner.group import LearnerGroup
 from s2w.models.checkpoint import ModelReference
 from s2w.records import Prompt, Rollout, Scored, TeacherSignal

@@ -33,14 +33,14 @@ from typing import Any
 import torch
 from loop import LoopRun, run_loop
 
-from s2w.compose import compose
-from s2w.config import Config
+from s2w.actors.hardware import core_count, resolve_dtype
+from s2w.config.compose import compose
+from s2w.config.schema import Config
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
-from s2w.hardware import core_count, resolve_dtype
+from s2w.launch.check import check
 from s2w.models.student import materialise_student
 from s2w.records import Prompt
-from s2w.validate import check
 
 TRL = "1.16.0"
 VLLM = "0.31.0"

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from s2w.hardware import resolve_dtype
-from s2w.vllm_actor import prepare_process
-from s2w.weights.names import CheckpointStream
+from s2w.actors.hardware import resolve_dtype
+from s2w.actors.vllm import prepare_process
 from s2w.weights.probe import compare, engine_log_probs, model_log_probs
 from s2w.weights.publish import ReceiveStep, SendStep, SwapReport, WeightReceiver, publish
+from s2w.weights.stream import CheckpointStream
 from s2w.weights.transfer import SharedMemoryTransfer
 
 SIZES: dict[str, dict[str, Any]] = {

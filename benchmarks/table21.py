@@ -40,17 +40,17 @@ import psutil
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from s2w.compose import compose, compose_as
-from s2w.config import Config, EvalRun
-from s2w.eval.evaluate import evaluate
+from s2w.config.compose import compose, compose_as
+from s2w.config.schema import Config, EvalRun
 from s2w.eval.report import ProblemCount
 from s2w.eval.statistics import RESAMPLES, pass_at_k
-from s2w.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
+from s2w.launch.evaluate import evaluate
+from s2w.launch.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
+from s2w.launch.train import train
 from s2w.learner import checkpoint
 from s2w.models.checkpoint import read_checkpoint
-from s2w.off_policy.generate import teacher_prompts
 from s2w.records import Scored
-from s2w.train import train
+from s2w.teacher_data.generate import teacher_prompts
 
 ARMS = ("off_policy", "on_policy", "grpo", "more_off_policy")
 MODES = ("think", "no_think")

@@ -60,8 +60,8 @@ def engine_memory_mib() -> float:
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Runs one variant in this process."""
-    from s2w.hardware import resolve_dtype
-    from s2w.vllm_actor import prepare_process
+    from s2w.actors.hardware import resolve_dtype
+    from s2w.actors.vllm import prepare_process
 
     prepare_process(options.device, 1, None, 1)
     from vllm import AsyncEngineArgs, PoolingParams, SamplingParams

@@ -28,11 +28,11 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2w.learner.divergence import make_divergence
-from s2w.learner.fused_kl import Head, HiddenRows, divergence_values
 from s2w.learner.signals import SignalStream, joined
+from s2w.models.head import Head, load_head
+from s2w.objectives.divergences import make_divergence
+from s2w.objectives.kernel import HiddenRows, divergence_values
 from s2w.records import Prompt, Rollout, Scored, SignalKind, TeacherSignal
-from s2w.teacher.head import load_head
 from s2w.teacher.signal import HiddenDtype, bytes_per_row, check_finite, decode, encode, hidden_rows, nbytes
 
 WIRES: tuple[tuple[str, SignalKind, torch.dtype, HiddenDtype], ...] = (

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from s2w.actors.stopping import INTERRUPTED, handling_stop_signals
 from s2w.errors import ConfigError, PreflightError, RunError
-from s2w.stopping import INTERRUPTED, handling_stop_signals
 
 if TYPE_CHECKING:
-    from s2w.compose import Root
+    from s2w.config.compose import Root
 
 USAGE = """\
 s2w: strong-to-weak distillation of large language models
@@ -23,7 +23,7 @@ usage:
   s2w generate [OVERRIDE ...]
                              only the teacher's responses of the off-policy phase, filtered; settings as of train
   s2w eval model=MODEL [OVERRIDE ...] [--json FILE]
-                             pass@1, pass@k, obedience and length of a checkpoint, by mode
+                             pass@1, pass@k, mode adherence and length of a checkpoint, by mode
   s2w eval --help            every setting of it
   s2w report RUN [--output DIR]
                              one page about a run directory, finished or not: figures, before and after, samples,
@@ -75,29 +75,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from s2w.config import Config
+    from s2w.config.schema import Config
 
     config = _configuration(Config, arguments)
     if config is None:
         return 0
-    from s2w.train import train
+    from s2w.launch.train import train
 
     return train(config)
 
 
 def _generate(arguments: list[str]) -> int:
-    from s2w.config import Config
+    from s2w.config.schema import Config
 
     config = _configuration(Config, arguments)
     if config is None:
         return 0
-    from s2w.off_policy.command import generate
+    from s2w.launch.generate import generate
 
     return generate(config)
 
 
 def _eval(arguments: list[str]) -> int:
-    from s2w.config import EvalRun
+    from s2w.config.schema import EvalRun
 
     output, arguments = _option(arguments, "--json", "a file")
     run = _configuration(EvalRun, arguments)
@@ -105,7 +105,7 @@ def _eval(arguments: list[str]) -> int:
         return 0
     if output is not None:
         run.eval.output = output
-    from s2w.eval.evaluate import evaluate
+    from s2w.launch.evaluate import evaluate
 
     evaluate(run)
     return 0
@@ -150,10 +150,14 @@ def _option(arguments: list[str], name: str, what: str) -> tuple[str | None, lis
 
 def _configuration(kind: type[Root], arguments: list[str]) -> Root | None:
     """The configuration that the arguments ask for; None if they only ask to see something, which is printed."""
-    from s2w import compose
+    from s2w.config import compose
 
     if any(argument in ("-h", "--help") for argument in arguments):
         print(compose.help_text(kind), end="")
+        if "loss" in kind.__annotations__:
+            from s2w import objectives
+
+            print(f"\n{objectives.help_text()}\n{objectives.divergences.help_text()}", end="")
         return None
     directories, overrides, show = [], [], False
     rest = iter(arguments)

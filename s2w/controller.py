@@ -1,4 +1,4 @@
-"""The loop: generate -> score -> KL update -> hot swap. The only place that knows the order."""
+"""The on-policy loop: generate -> score -> KL update -> hot swap. The only place that knows the order."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from s2w.config import LoopConfig
-from s2w.credit import Credit
+from s2w.actors.calls import each
+from s2w.actors.stopping import uninterrupted
+from s2w.config.schema import LoopConfig
 from s2w.data.prompts import PromptStream
 from s2w.eval.grading import Graded, Grader
 from s2w.eval.heldout import heldout_responses, heldout_samples
 from s2w.eval.report import mode_scores
-from s2w.learner.group import LearnerGroup
+from s2w.learner.group import LearnerGroup, LearnerStep
 from s2w.learner.saver import Saver, due
+from s2w.objectives import Objective
+from s2w.objectives.objective import TRAINED
+from s2w.objectives.reliability import Reliability
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
-from s2w.observe.step_report import StepReporter
-from s2w.off_policy.batches import ResponseStream
-from s2w.records import Heldout, Prompt, Rollout, Scored
+from s2w.observe.step_report import StepReporter, StepTimes
+from s2w.records import Heldout, Prompt, Request, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
-from s2w.stopping import uninterrupted
 from s2w.teacher.routing import Teachers
+from s2w.teacher_data.batches import ResponseStream
 from s2w.weights.probe import ProbeResult, compare
 from s2w.weights.publish import SwapReport, publish
 
@@ -46,8 +49,8 @@ class Controller:
     """Runs the loop over the three parts.
 
     Policy version ``v`` is the student after ``v`` updates. Batch ``v`` updates version ``v``; it is launched once
-    version ``v - max_staleness`` is in the engines. With ``max_staleness=0`` each batch is written by the weights
-    that learn from it; with ``n`` up to ``n`` further batches are generated and scored while one is learned.
+    version ``v - max_staleness`` is in the engines. With ``max_staleness=0`` each batch is sampled from the weights
+    that train on it; with ``n`` up to ``n`` further batches are generated and scored while one is trained on.
 
     Args:
         loop: steps, batch size, staleness.
@@ -55,8 +58,10 @@ class Controller:
         stream: training prompts, standing where the run begins.
         teacher_responses: the teacher's part of each batch; None if there is none.
         heldout: prompts of the held-out evaluation.
-        credit: what each sample counts for.
-        scored: the teachers score training batches, not only the held-out evaluation.
+        objective: what is minimised: says what each sample counts for, and whether teachers score training batches.
+        reliability: down-weights prompts that the teacher answers wrong itself; None does not.
+        longest: ``rollout.max_tokens``.
+        length_limit: of the first batch's responses: ``longest``, or what an earlier part of the run left (resume).
         probe_ids: tokens whose log-probs engines and learner are compared by after a swap, int32.
         probe_tolerance: see :func:`s2w.weights.probe.compare`.
         step: updates that the learner's weights have already had (resume).
@@ -76,8 +81,10 @@ class Controller:
         teachers: Teachers,
         learner: LearnerGroup,
         grader: Grader,
-        credit: Credit,
-        scored: bool,
+        objective: Objective,
+        reliability: Reliability | None,
+        longest: int,
+        length_limit: int,
         recorder: Recorder,
         progress: Progress,
         reporter: StepReporter,
@@ -90,10 +97,11 @@ class Controller:
         self.loop, self.deterministic = loop, deterministic
         self.stream, self.teacher_responses, self.heldout = stream, teacher_responses, heldout
         self.rollouts, self.teachers, self.learner, self.grader = rollouts, teachers, learner, grader
-        self.credit, self.scored = credit, scored
+        self.objective, self.reliability = objective, reliability
+        self.longest, self.length_limit = longest, length_limit
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
         self.step = step
-        self.saver = Saver(learner, checkpoints, loop.keep_checkpoints, step, progress)
+        self.saver = Saver(learner, checkpoints, loop.keep_checkpoints, step, progress.say)
         self.position = stream.state_dict()
         self.on_batch = on_batch
         self.probe_tolerance, self.probe_ids = probe_tolerance, probe_ids
@@ -129,17 +137,23 @@ class Controller:
         """Starts batch ``number``: the next of the prompt stream, and the teacher's part of it."""
         given = self.teacher_responses.batch(number) if self.teacher_responses else []
         prompts = self.stream.next_batch()
-        requests = [(prompt, sample) for prompt in prompts for sample in range(self.loop.samples_per_prompt)]
+        requests = [
+            Request(prompt, sample, self.length_limit)
+            for prompt in prompts
+            for sample in range(self.loop.samples_per_prompt)
+        ]
         batch = self.make_batch(requests, [response.as_rollout() for response in given], self.stream.state_dict())
         return asyncio.create_task(batch)
 
     async def make_batch(
-        self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout], position: dict[str, Any]
+        self, requests: Sequence[Request], given: Sequence[Rollout], position: dict[str, Any]
     ) -> Batch:
-        """A training batch: written, scored, graded, and credited with what its answers are worth."""
-        samples = await self.write_and_score(requests, given, ask_teacher=self.scored)
+        """A training batch: generated, scored, graded, and credited with what its samples count for."""
+        samples = await self.generate_and_score(requests, given, ask_teacher=bool(self.objective.signals))
         graded = await self.graded(samples)
-        samples = self.credit.assign(samples, graded)
+        samples = self.objective.credit(samples, graded)
+        if self.reliability is not None:
+            samples = self.reliability.apply(samples)
         if self.on_batch is not None:
             self.on_batch(samples)
         return Batch(samples, graded, position)
@@ -151,19 +165,27 @@ class Controller:
         learning = time.time()
         update = await self.learner.step(batch.samples, self.step)
         self.step, self.position = self.step + 1, batch.position
-        swapping = time.time()
+        self.follow(update)
+        times = StepTimes(learning, time.time())
         swapped = None
         try:
             swapped = await self.swap()
         finally:  # An update whose swap fails is saved too.
-            report = self.reporter.finish(self.step, batch.samples, batch.graded, update, swapped, learning, swapping)
-            self.recorder.step(report)
-            self.progress.step(report)
+            line = self.reporter.finish(
+                self.step, batch.samples, batch.graded, update, swapped, times, self.length_limit
+            )
+            self.recorder.step(line)
+            self.progress.step(line)
             if update.skipped:
                 self.progress.say(update.skipped)
 
-    async def write_and_score(
-        self, requests: list[tuple[Prompt, int]], given: Sequence[Rollout] = (), *, ask_teacher: bool = True
+    def follow(self, update: LearnerStep) -> None:
+        """The length limit of the next batches, where the objective moves it."""
+        if (trained := update.sums.get(TRAINED.name)) is not None:
+            self.length_limit = self.objective.next_length_limit(trained.tolist(), self.longest)
+
+    async def generate_and_score(
+        self, requests: Sequence[Request], given: Sequence[Rollout] = (), *, ask_teacher: bool = True
     ) -> list[Scored]:
         """Rollouts with their signals, in the order of ``requests``, then the ``given`` ones with theirs; each is
         scored the moment it is finished."""
@@ -171,28 +193,30 @@ class Controller:
             rollouts = [*await self.rollouts.generate_batch(requests), *given]
             if not ask_teacher:
                 return [Scored(rollout, None) for rollout in rollouts]
-            return [Scored(*pair) for pair in zip(rollouts, await self.teachers.score_batch(rollouts), strict=True)]
+            signals, references = await self.teachers.score_batch(rollouts), await self.teachers.refer_batch(rollouts)
+            return [
+                Scored(rollout, signal, reference=reference)
+                for rollout, signal, reference in zip(rollouts, signals, references, strict=True)
+            ]
 
-        written, scored = len(given), 0
+        generated, scored = len(given), 0
 
-        async def write(prompt: Prompt, index: int) -> Scored:
-            nonlocal written
-            rollout = await self.rollouts.generate(prompt, index)
-            written += 1
-            self.progress.under_way(written, scored, len(requests) + len(given))
-            return await score(rollout)
-
-        async def score(rollout: Rollout) -> Scored:
-            nonlocal scored
-            signal = await self.teachers.score(rollout) if ask_teacher else None
+        async def sample(work: Request | Rollout) -> Scored:
+            nonlocal generated, scored
+            rollout = work
+            if isinstance(rollout, Request):
+                rollout = await self.rollouts.generate(rollout)
+                generated += 1
+                self.progress.under_way(generated, scored, len(requests) + len(given))
+            signal, reference = None, None
+            if ask_teacher:
+                signal, reference = await asyncio.gather(self.teachers.score(rollout), self.teachers.refer(rollout))
             scored += 1
-            self.progress.under_way(written, scored, len(requests) + len(given))
-            return Scored(rollout, signal)
+            self.progress.under_way(generated, scored, len(requests) + len(given))
+            return Scored(rollout, signal, reference=reference)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(write(prompt, index)) for prompt, index in requests]
-            tasks += [group.create_task(score(rollout)) for rollout in given]
-        return [task.result() for task in tasks]
+        work: list[Request | Rollout] = [*requests, *given]
+        return await each(work, sample)
 
     async def graded(self, samples: Sequence[Scored]) -> list[Graded]:
         """Answers checked, in a thread: the loop goes on. One batch at a time: there is one verifier."""
@@ -202,7 +226,7 @@ class Controller:
     @uninterrupted
     async def swap(self) -> tuple[SwapReport, ProbeResult]:
         """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
-        swap = await publish(self.learner, self.rollouts, self.step, self.probe_ids)
+        swap = await publish(self.learner, self.rollouts.receivers(), self.step, self.probe_ids)
         engines, model = await asyncio.gather(self.rollouts.probed(), self.learner.probe(self.probe_ids))
         probes = [
             compare(
@@ -227,8 +251,8 @@ class Controller:
         return all(result.version != self.step for result in self.recorder.evaluations())
 
     async def evaluate(self) -> None:
-        """Held-out KL, accuracy and obedience of the current version, on fresh rollouts."""
-        samples = await self.write_and_score([(prompt, 0) for prompt in self.heldout])
+        """Held-out KL, accuracy and mode adherence of the current version, on fresh rollouts."""
+        samples = await self.generate_and_score([Request(prompt) for prompt in self.heldout])
         if self.on_batch is not None:
             self.on_batch(samples)
         rollouts = [sample.rollout for sample in samples]
@@ -255,5 +279,5 @@ class Controller:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where the prompt stream stands after the last update."""
-        return {"stream": self.position}
+        """Where the run stands after the last update, beside the learner: in the prompts, and in the length limit."""
+        return {"stream": self.position, "length_limit": self.length_limit}

@@ -17,11 +17,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class PreflightError(RuntimeError):
-    """The self-test of a run failed (:mod:`s2w.preflight`); the message is one sentence for the user."""
+    """The self-test of a run failed (:mod:`s2w.launch.preflight`); the message is one sentence for the user."""
 
 
 class RunError(RuntimeError):
-    """A run failed (:mod:`s2w.failures`); the message is one sentence for the user."""
+    """A run failed (:mod:`s2w.actors.failures`); the message is one sentence for the user."""
 
 
 class RequestRefusedError(ValueError):

@@ -1,4 +1,4 @@
-"""What flows between the parts: prompts, rollouts, teacher signals, step reports.
+"""What flows between the parts: prompts, rollouts, teacher signals, held-out results.
 
 Records pass through the controller, so they hold token ids, a few scalars a token and references;
 tensors stay in Ray's object store and are fetched only by the learner rank that trains on them.
@@ -14,6 +14,8 @@ from ray import ObjectRef
 
 Mode = Literal["think", "no_think"]
 SignalKind = Literal["hidden", "topk", "ids", "sampled"]
+HiddenDtype = Literal["auto", "bfloat16", "float8"]
+"""How hidden states travel; ``auto``: in the teacher's own dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,24 @@ class Prompt:
     answer: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     """Whatever the task's verifier needs beside the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an engine is asked for: one response."""
+
+    prompt: Prompt
+    sample: int = 0
+    """Number of the response to this prompt; its seed is ``prompt.seed + sample``."""
+    max_tokens: int | None = None
+    """Longest response, in tokens; None takes the pool's setting."""
+    thinking_budget: int | None = None
+    """For a prompt in think mode, response tokens after which an open think block is closed; None takes the pool's
+    setting. One that leaves no room for an answer does nothing."""
+
+    @property
+    def uid(self) -> str:
+        return f"{self.prompt.uid}#{self.sample}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +140,20 @@ class Scored:
 
     rollout: Rollout
     signal: TeacherSignal | None
-    """None where no teacher is asked (loss.objective=grpo)."""
+    """None where the objective asks no teacher."""
     advantage: float = 0.0
     """Of the verified reward, relative to the other responses to the prompt."""
     weight: float = 1.0
     """Factor on the divergence at its tokens."""
+    token_advantages: np.ndarray | None = None
+    """float32 [n], in place of ``advantage`` where it differs from token to token."""
+    reference: TeacherSignal | None = None
+    """What the student's first weights say of the same tokens, where the objective stays near them."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything of it is trained on: an objective may leave a sample out."""
+        return bool(self.weight or self.advantage) or self.token_advantages is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +169,7 @@ class Heldout:
     """Tokens that the averages are over."""
     response_length: float
     by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By mode: prompts, obedience, truncated, response_length, and accuracy where prompts have a verifier; see
+    """By mode: prompts, mode_adherence, truncated, response_length, and accuracy where prompts have a verifier; see
     :func:`s2w.eval.report.mode_scores`."""
 
 
@@ -160,7 +189,7 @@ class HeldoutResponse:
     reverse_kl: float
     correct: bool | None
     """None if the prompt has no verifier."""
-    obedient: bool
+    adherent: bool
     truncated: bool
 
 
@@ -177,89 +206,8 @@ class HeldoutSample:
     """Without special tokens; think tags stay."""
     correct: bool | None
     """None if the prompt has no verifier."""
-    obedient: bool
+    adherent: bool
     finish_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One step of the loop, as ``metrics.jsonl`` holds it. KL and entropies are in nats a response token."""
-
-    step: int
-    """Updates done, this one included; also the policy version that the update published."""
-    loss: float
-    """The objective: the divergence, times temperature^2 where that is set, and the policy gradient's value."""
-    divergence: float
-    """With loss.objective=grpo the policy gradient's value; what needs a teacher is then NaN."""
-    student_entropy: float
-    teacher_entropy: float
-    agreement: float
-    """Share of positions where both have the same most likely token."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    skipped: int
-    """1 if the gradient was not finite, and the weights are those of the step before."""
-    prompts: int
-    response_tokens: int
-    response_length: float
-    finish: dict[str, float]
-    """Share of responses by finish reason."""
-    staleness_mean: float
-    """Versions between writing and learning, mean over response tokens."""
-    staleness_max: int
-    tokens_per_second: dict[str, float]
-    """generate: response tokens; score: prompt and response tokens that the teacher computed; learn: prompt and
-    response tokens. Each over the seconds in which that stage was at work."""
-    busy: dict[str, float]
-    """Share of the step's wall time in which generate, score, learn and swap were at work."""
-    signal_bytes_per_token: float
-    signal_seconds: dict[str, float]
-    """The signals' way: put (encoded, checked and stored, over all teachers), fetch (taken out and joined, over all
-    learner ranks, beside their work), wait (the longest that a rank stood still for one)."""
-    swap_ms: float
-    """From the pause of the engines to their resumption; NaN if the swap failed."""
-    probe_error: float
-    """Mean |log-prob difference| between engine and learner after the swap, nats; NaN if it failed."""
-    seconds: float
-    """Wall time of the step."""
-    signal_bias: dict[str, dict[str, float]]
-    """In steps of signal.bias_every: what each cheaper signal would have said, see
-    :func:`s2w.learner.signal_bias.summarise`; else empty."""
-    by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By mode, of the responses that the student wrote: responses, divergence, student_entropy, teacher_entropy,
-    response_length, truncated, obedience, and accuracy where prompts have a verifier."""
-    phase: Literal["on_policy"] = "on_policy"
-
-
-@dataclass(frozen=True, slots=True)
-class OffPolicyReport:
-    """One step of the off-policy phase, as ``metrics.jsonl`` holds it. Loss and entropies: nats a response token."""
-
-    step: int
-    """Updates of this phase done, this one included."""
-    epoch: float
-    """Times that each response has been learned, this step included."""
-    loss: float
-    """The objective: cross-entropy, or the divergence, times temperature^2 where that is set."""
-    divergence: float
-    """The objective without temperature^2."""
-    student_entropy: float
-    agreement: float
-    """Share of positions where the student's most likely token is the response's (loss=cross_entropy) or the
-    teacher's (loss=divergence)."""
-    grad_norm: float
-    """Before clipping."""
-    learning_rate: float
-    skipped: int
-    """1 if the gradient was not finite, and the weights are those of the step before."""
-    responses: int
-    response_tokens: int
-    tokens_per_second: float
-    """Prompt and response tokens over the seconds of the update."""
-    seconds: float
-    """Wall time of the step, teacher signals included."""
-    phase: Literal["off_policy"] = "off_policy"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ def register() -> None:
     """
     from vllm.platforms import current_platform
 
-    from s2w import vocabulary_mask
-    from s2w.orphans import die_with_parent
+    from s2w.actors import vocabulary_mask
+    from s2w.actors.orphans import die_with_parent
     from s2w.teacher import scoring
     from s2w.weights import shm
 

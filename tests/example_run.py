@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from s2w.compose import compose, to_yaml
+from s2w.config.compose import compose, to_yaml
 from s2w.eval.grading import Graded
 from s2w.eval.report import mode_scores
 from s2w.observe.recorder import Recorder
 from s2w.observe.timeline import Timeline
-from s2w.off_policy.filters import Filtered
-from s2w.off_policy.response import Response
 from s2w.records import (
     Heldout,
     HeldoutResponse,
@@ -25,6 +23,8 @@ from s2w.records import (
     Prompt,
     StepReport,
 )
+from s2w.teacher_data.filters import Filtered
+from s2w.teacher_data.response import Response
 
 MODES: tuple[Mode, ...] = ("think", "no_think")
 PROMPTS, SAMPLES = 64, 3
@@ -101,7 +101,7 @@ def step_report(step: int, steps: int, draw: np.random.Generator) -> StepReport:
             "teacher_entropy": 1.5,
             "response_length": 60.0 if mode == "think" else 20.0,
             "truncated": 0.1,
-            "obedience": 0.9,
+            "mode_adherence": 0.9,
             "accuracy": 0.2 + (0.6 * step / steps if mode == "think" else 0.0),
         }
         for mode in MODES
@@ -137,7 +137,7 @@ def step_report(step: int, steps: int, draw: np.random.Generator) -> StepReport:
 def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Generator) -> None:
     responses = list(heldout_responses(version, steps, draw))
     graded = [
-        Graded(one.uid, "sum", one.mode, one.correct, one.obedient, one.truncated, False, one.tokens)
+        Graded(one.uid, "sum", one.mode, one.correct, one.adherent, one.truncated, False, one.tokens)
         for one in responses
     ]
     tokens = sum(one.tokens for one in responses)
@@ -157,7 +157,7 @@ def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Gener
             finish = "length" if one.truncated else "stop"
             samples.append(
                 HeldoutSample(
-                    version, one.uid, one.mode, f"What is {one.uid}?", text, one.correct, one.obedient, finish
+                    version, one.uid, one.mode, f"What is {one.uid}?", text, one.correct, one.adherent, finish
                 )
             )
     recorder.heldout(result, responses, samples)
@@ -176,6 +176,6 @@ def heldout_responses(version: int, steps: int, draw: np.random.Generator) -> It
                 forward_kl=kl,
                 reverse_kl=1.1 * kl,
                 correct=bool(draw.random() < chance),
-                obedient=bool(draw.random() < 0.95),
+                adherent=bool(draw.random() < 0.95),
                 truncated=bool(draw.random() < 0.05),
             )

@@ -19,12 +19,12 @@ from tiny_models import make_checkpoint
 from transformers import Qwen3MoeConfig
 
 from s2w import cli
-from s2w.bounds import check_bounds, ranges, type_hints
-from s2w.compose import compose
-from s2w.config import Config, EvalRun
+from s2w.config.bounds import check_bounds, ranges, type_hints
+from s2w.config.compose import compose
+from s2w.config.schema import Config, EvalRun
 from s2w.errors import ConfigError
+from s2w.launch.check import check, check_resources
 from s2w.models.parallel import check_parallel
-from s2w.validate import check, check_resources
 
 INDEX = "model.safetensors.index.json"
 

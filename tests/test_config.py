@@ -11,13 +11,13 @@ from omegaconf import MISSING
 from tiny_models import make_checkpoint
 
 from s2w import cli
-from s2w.compose import compose, help_text, settings, to_yaml
-from s2w.config import Config, SignalKind, StudentInit
+from s2w.config.compose import compose, help_text, settings, to_yaml
+from s2w.config.schema import Config, SignalKind, StudentInit
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
-from s2w.modes import EMPTY_THINK_BLOCK
+from s2w.launch.check import check, check_resources, check_verifiable
+from s2w.models.modes import EMPTY_THINK_BLOCK
 from s2w.records import Mode, Prompt
-from s2w.validate import check, check_resources, check_verifiable
 
 
 @pytest.fixture(scope="module")

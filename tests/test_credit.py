@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from s2w.objectives.credit import Credit, group_advantages, prompt_key, reliability
 
-from s2w.config import RewardConfig
-from s2w.credit import Credit, group_advantages, prompt_key, reliability
+from s2w.config.schema import RewardConfig
 from s2w.eval.grading import Graded
-from s2w.off_policy.response import Response
 from s2w.records import Mode, Prompt, Rollout, Scored, VersionSpan
+from s2w.teacher_data.response import Response
 
 
 def prompt(uid: str, mode: Mode = "think", seed: int = 0) -> Prompt:
@@ -25,7 +25,7 @@ def sample(of: Prompt, index: int, *, written: bool = True) -> Scored:
 
 
 def grade(of: Prompt, correct: bool) -> Graded:
-    return Graded(of.uid, of.task, of.mode, correct, obedient=True, truncated=False, forced=False, tokens=3)
+    return Graded(of.uid, of.task, of.mode, correct, adherent=True, truncated=False, forced=False, tokens=3)
 
 
 def response(of: Prompt, index: int) -> Response:

@@ -15,10 +15,10 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_models import make_tokenizer
 
-from s2w.config import DataConfig
+from s2w.config.schema import DataConfig
 from s2w.data.prompts import PromptStream, ThinkRatio, build_prompts
 from s2w.errors import ConfigError
-from s2w.modes import EMPTY_THINK_BLOCK
+from s2w.models.modes import EMPTY_THINK_BLOCK
 from s2w.records import Prompt
 
 TOKENIZER = make_tokenizer()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2w.learner.divergence import (
+from s2w.objectives.divergences import (
     DIVERGENCES,
     AdaptiveKL,
     AlphaDivergence,

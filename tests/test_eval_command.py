@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w import cli
 from s2w.data.verifiers import extract_answer
-from s2w.modes import render
+from s2w.models.modes import render
 
 PROBLEMS, BUDGET, MAX_TOKENS = 8, 5, 32
 
@@ -56,7 +56,7 @@ def test_eval_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert solved == [f"problems/{i}" for i in range(1, PROBLEMS, 2)]
     # None of these random greedy responses closes its think block by itself, within MAX_TOKENS: the budget closes all.
     assert [scores[way]["forced"] for way in scores] == [1, 0, 0]
-    assert scores["think", BUDGET]["obedience"] == 1 and scores["think", None]["obedience"] == 0
+    assert scores["think", BUDGET]["mode_adherence"] == 1 and scores["think", None]["mode_adherence"] == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:2] == ["mode", "budget"]
     assert len(table) == 4

@@ -12,12 +12,12 @@ import pytest
 from tiny_models import make_checkpoint, make_tokenizer
 
 from s2w import cli
-from s2w.compose import compose_as
-from s2w.config import EvalConfig, EvalRun
+from s2w.config.compose import compose_as
+from s2w.config.schema import EvalConfig, EvalRun
 from s2w.data.tasks import generate
 from s2w.errors import ConfigError
-from s2w.eval.evaluate import evaluate
 from s2w.eval.problems import make_prompts, read_problems
+from s2w.launch.evaluate import evaluate
 
 ROWS = [{"problem": f"What is {i} plus {i}?", "solution": "add", "answer": 2 * i} for i in range(5)]
 

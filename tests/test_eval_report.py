@@ -49,8 +49,8 @@ def test_grades() -> None:
     ]
     with Grader(TOKENIZER) as grader:
         graded = grader.grade(one for one, _, _ in cases)
-    for (one, correct, obedient), grade in zip(cases, graded, strict=True):
-        assert (grade.correct, grade.obedient) == (correct, obedient), one
+    for (one, correct, adherent), grade in zip(cases, graded, strict=True):
+        assert (grade.correct, grade.adherent) == (correct, adherent), one
         assert grade.tokens == len(one.token_ids)
     assert [grade.truncated for grade in graded].index(True) == 5
     assert sum(grade.truncated for grade in graded) == 1
@@ -84,7 +84,7 @@ def test_report() -> None:
         values = [pass_at_k(4, correct, k) for correct in (2, 0, 4)]
         assert whole.pass_at[k] == bootstrap(values, seed=0)
     assert whole.pass_at[1].value == pytest.approx(0.5)
-    assert whole.obedience == pytest.approx(6 / 12) and whole.truncated == pytest.approx(6 / 12)
+    assert whole.mode_adherence == pytest.approx(6 / 12) and whole.truncated == pytest.approx(6 / 12)
     assert whole.forced == pytest.approx(4 / 12) and whole.response_length == pytest.approx(11.5)
     assert lines["a", "think", 8].pass_at[4].value == pytest.approx(0.5)
 
@@ -120,7 +120,7 @@ def test_scores_of_a_run_by_mode() -> None:
     unverified = Graded("c/0", "", "think", None, False, False, False, 30)
     scores = mode_scores([*graded("a/0", "a", "think", [True]), unverified, *graded("b", "b", "no_think", [False])])
     assert scores == {
-        "no_think": {"prompts": 1, "obedience": 0, "truncated": 1, "response_length": 10, "accuracy": 0},
-        "think": {"prompts": 2, "obedience": 0.5, "truncated": 0, "response_length": 20, "accuracy": 1},
+        "no_think": {"prompts": 1, "mode_adherence": 0, "truncated": 1, "response_length": 10, "accuracy": 0},
+        "think": {"prompts": 2, "mode_adherence": 0.5, "truncated": 0, "response_length": 20, "accuracy": 1},
     }
     assert "accuracy" not in mode_scores([unverified])["think"]

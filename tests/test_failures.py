@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import ray
 
+from s2w.actors.failures import ActorFailedError, EngineDiedError, answer, reason, reported
 from s2w.errors import ConfigError, RunError
-from s2w.failures import ActorFailedError, EngineDiedError, answer, reason, reported
 
 # Ray's workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

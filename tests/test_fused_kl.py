@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2w.learner.divergence import DIVERGENCES, AdaptiveKL, Divergence, ForwardKL, ReverseKL, make_divergence
-from s2w.learner.fused_kl import (
+from s2w.objectives.divergences import DIVERGENCES, AdaptiveKL, Divergence, ForwardKL, ReverseKL, make_divergence
+from s2w.objectives.kernel import (
     DivergenceOutput,
     Head,
     HiddenRows,
@@ -322,7 +322,7 @@ def test_chunks_change_nothing(signal: str) -> None:
 def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(rows=40)
     whole = problem.loss(problem.teacher, ForwardKL(), chunk_rows=40)
-    monkeypatch.setattr("s2w.learner.fused_kl._CACHE_ELEMENTS", VOCAB)
+    monkeypatch.setattr("s2w.objectives.kernel._CACHE_ELEMENTS", VOCAB)
     tiled = problem.loss(problem.teacher, ForwardKL(), chunk_rows=40)
     assert_same([tiled.loss, *problem.gradients(tiled.loss)], [whole.loss, *problem.gradients(whole.loss)], rtol=1e-12)
 
@@ -349,7 +349,7 @@ def test_float32_statistics(name: str) -> None:
 
 def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 against float64 of the same inputs."""
-    monkeypatch.setattr("s2w.learner.fused_kl._HEAD_BLOCK", 128)
+    monkeypatch.setattr("s2w.objectives.kernel._HEAD_BLOCK", 128)
     low = Problem(rows=64, vocab=300, dtype=torch.bfloat16, bias=False)
     high = Problem(rows=64, vocab=300, bias=False)
     for high_tensor, low_tensor in zip(high.inputs, low.inputs, strict=True):
@@ -517,7 +517,7 @@ def test_compiled_as_on_cuda(signal: str, name: str, monkeypatch: pytest.MonkeyP
     problem = Problem(softcap=3.0, dtype=torch.float32)
     teacher: Any = {"hidden": problem.teacher, "sparse": problem.sparse(5), "sampled": sampled(problem)[0]}[signal]
     plain = problem.loss(teacher, build(name))
-    monkeypatch.setattr("s2w.learner.fused_kl._step", lambda step, hidden: _compiled(step))
+    monkeypatch.setattr("s2w.objectives.kernel._step", lambda step, hidden: _compiled(step))
     fused = problem.loss(teacher, build(name))
     # Other kernels round otherwise.
     assert_same([fused.loss, fused.values], [plain.loss, plain.values], rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from tiny_models import VOCAB_SIZE, Kind, make_checkpoint
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from s2w.config import Config, Objective, Schedule, SignalKind
+from s2w.config.schema import Config, Objective, Schedule, SignalKind
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerError, LearnerGroup, LearnerStep
 from s2w.learner.messages import NonFiniteError, SignalLostError

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from tiny_models import Kind, make_checkpoint
 from transformers import AutoModelForCausalLM
 
-from s2w.config import LearnerConfig, Schedule
+from s2w.config.schema import LearnerConfig, Schedule
 from s2w.learner import checkpoint
 from s2w.learner.schedule import learning_rate
 from s2w.learner.worker import pack
 from s2w.records import Prompt, Rollout, Scored, TeacherSignal
-from s2w.weights.names import CheckpointStream
+from s2w.weights.stream import CheckpointStream
 
 
 def test_commit_keeps_the_last_and_hides_the_unfinished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import Kind, make_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, Qwen3MoeConfig
 
-from s2w.config import StudentConfig, StudentInit
+from s2w.config.schema import StudentConfig, StudentInit
 from s2w.errors import ConfigError
 from s2w.learner import checkpoint as learner_checkpoint
 from s2w.models.student import evenly_spaced, materialise_student, pruned_config

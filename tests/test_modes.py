@@ -6,10 +6,10 @@ import pytest
 from tiny_models import make_tokenizer
 
 from s2w.errors import ConfigError
-from s2w.modes import (
+from s2w.models.modes import (
     EMPTY_THINK_BLOCK,
+    adheres,
     has_thinking_switch,
-    obeys,
     opens_thinking,
     render,
     soft_switch,
@@ -86,7 +86,7 @@ def test_soft_switch(turns: list[str], mode: Mode | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "opened", "thinking", "answer", "closed", "obedient"),
+    ("text", "mode", "opened", "thinking", "answer", "closed", "adherent"),
     [
         ("<think>\nadd\n</think>\n\n4", "think", False, "add", "4", True, True),
         ("add\n</think>\n\n4", "think", True, "add", "4", True, True),
@@ -104,10 +104,10 @@ def test_soft_switch(turns: list[str], mode: Mode | None) -> None:
         ("", "no_think", False, "", "", True, True),
     ],
 )
-def test_split_and_obey(
-    text: str, mode: Mode, opened: bool, thinking: str, answer: str, closed: bool, obedient: bool
+def test_split_and_adherence(
+    text: str, mode: Mode, opened: bool, thinking: str, answer: str, closed: bool, adherent: bool
 ) -> None:
     response = split_thinking(text, mode, opened=opened)
     assert (response.thinking, response.answer, response.closed) == (thinking, answer, closed)
     assert response.thought == bool(thinking)
-    assert obeys(response, mode) == obedient
+    assert adheres(response, mode) == adherent

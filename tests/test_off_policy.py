@@ -16,21 +16,22 @@ import torch
 from tiny_models import make_checkpoint
 from torch.nn.functional import cross_entropy
 
-from s2w.compose import compose
-from s2w.config import Config, FilterConfig
+from s2w.config.compose import compose
+from s2w.config.schema import Config, FilterConfig
 from s2w.data.verifier_process import VerifierProcess
 from s2w.errors import ConfigError
-from s2w.learner.divergence import make_divergence
-from s2w.learner.fused_kl import Head, SparseRows, divergence_loss
-from s2w.off_policy.batches import ResponseStream, split
-from s2w.off_policy.dataset import read_dataset
-from s2w.off_policy.filters import FILTERS, apply_filters, has_loop
-from s2w.off_policy.generate import teacher_prompts
-from s2w.off_policy.phase import learner_settings
-from s2w.off_policy.response import Response
-from s2w.off_policy.shards import ShardStore, vocabulary_hash
+from s2w.launch.check import Facts, check
+from s2w.models.head import Head
+from s2w.objectives.divergences import make_divergence
+from s2w.objectives.kernel import SparseRows, divergence_loss
+from s2w.off_policy import learner_settings
 from s2w.records import Mode, Prompt
-from s2w.validate import Facts, check
+from s2w.teacher_data.batches import ResponseStream, split
+from s2w.teacher_data.dataset import read_dataset
+from s2w.teacher_data.filters import FILTERS, apply_filters, has_loop
+from s2w.teacher_data.generate import teacher_prompts
+from s2w.teacher_data.response import Response
+from s2w.teacher_data.shards import ShardStore, vocabulary_hash
 
 
 def response(

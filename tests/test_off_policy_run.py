@@ -21,26 +21,26 @@ from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from s2w import cli
-from s2w.compose import compose
+from s2w.actors.stopping import INTERRUPTED
+from s2w.config.compose import compose
 from s2w.errors import ConfigError
-from s2w.job import Job
+from s2w.launch.check import check
+from s2w.launch.job import Job
+from s2w.launch.train import train
 from s2w.models.student import student_reference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
-from s2w.off_policy.batches import ResponseStream, split
-from s2w.off_policy.collect import TeacherResponses, collect
-from s2w.off_policy.dataset import read_dataset
-from s2w.off_policy.phase import run_phase
-from s2w.off_policy.response import Response
+from s2w.off_policy import run_phase
 from s2w.records import Rollout, Scored
-from s2w.stopping import INTERRUPTED
-from s2w.train import train
-from s2w.validate import check
+from s2w.teacher_data.batches import ResponseStream, split
+from s2w.teacher_data.collect import TeacherResponses, collect
+from s2w.teacher_data.dataset import read_dataset
+from s2w.teacher_data.response import Response
 
 SAMPLES, PROMPTS, MODES = 2, 5, 2
 RESPONSES = SAMPLES * PROMPTS * MODES
 
-# A random teacher obeys no mode and is right by chance alone.
+# A random teacher keeps to no mode and is right by chance alone.
 NO_FILTERS = "off_policy.filters={truncated: false, format: false, loop_ngram: 0, cjk_share: 1.0, verified: false}"
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2w.learner.divergence import ForwardKL, ReverseKL
-from s2w.learner.fused_kl import Head, HiddenRows, PolicyRows, SampledRows, SparseRows, TeacherRows, divergence_loss
+from s2w.models.head import Head
+from s2w.objectives.divergences import ForwardKL, ReverseKL
+from s2w.objectives.kernel import HiddenRows, PolicyRows, SampledRows, SparseRows, TeacherRows, divergence_loss
 
 ROWS, VOCAB, PADDING, WIDTH = 12, 17, 3, 5
 CLIP = (0.2, 0.3)

@@ -10,13 +10,13 @@ import pytest
 from tiny_models import make_checkpoint
 from transformers import AutoTokenizer
 
-from s2w.compose import compose
-from s2w.config import Config, Preflight, SignalDtype, SignalKind
+from s2w.config.compose import compose
+from s2w.config.schema import Config, Preflight, SignalDtype, SignalKind
 from s2w.errors import ConfigError
-from s2w.modes import render
-from s2w.preflight import FLOAT32, LOW_PRECISION, check_templates, tolerance
+from s2w.launch.preflight import FLOAT32, LOW_PRECISION, check_templates, tolerance
+from s2w.launch.train import train
+from s2w.models.modes import render
 from s2w.records import Mode, Prompt
-from s2w.train import train
 
 
 @pytest.fixture

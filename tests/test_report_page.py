@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from example_run import SAMPLES, write_run
 
-from s2w.off_policy.filters import FILTERS
 from s2w.report.page import write_report
+from s2w.teacher_data.filters import FILTERS
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (

@@ -18,9 +18,9 @@ import torch
 from tiny_models import VOCAB_SIZE, add_to_hub_cache, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2w.config import RolloutConfig
+from s2w.actors.failures import reason
+from s2w.config.schema import RolloutConfig
 from s2w.errors import ConfigError, RequestRefusedError
-from s2w.failures import reason
 from s2w.models.checkpoint import ModelReference, resolve_path
 from s2w.records import Mode, Prompt, Rollout
 from s2w.rollout.engine import ATTEMPTS

@@ -186,7 +186,7 @@ def test_nothing_outlives_a_driver_that_is_killed_on_a_standing_cluster(start: S
 
 ENDLESS = """
 import asyncio, sys, time
-from s2w.stopping import run_stoppable, uninterrupted
+from s2w.actors.stopping import run_stoppable, uninterrupted
 
 @uninterrupted
 async def update():

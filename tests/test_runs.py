@@ -25,13 +25,13 @@ from ray._private.authentication.authentication_token_setup import enable_token_
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2w.compose import compose
+from s2w.config.compose import compose
+from s2w.launch.check import check
+from s2w.launch.train import train
 from s2w.observe.progress import Progress
-from s2w.off_policy.batches import ResponseStream, split
-from s2w.off_policy.collect import collect
 from s2w.records import Prompt, Rollout, Scored
-from s2w.train import train
-from s2w.validate import check
+from s2w.teacher_data.batches import ResponseStream, split
+from s2w.teacher_data.collect import collect
 
 TEACHER_ROWS, STUDENT_ROWS = VOCAB_SIZE + 64, VOCAB_SIZE + 32
 EOS, THINK_END = VOCAB_SIZE - 4, VOCAB_SIZE - 2

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from s2w.learner.divergence import make_divergence
-from s2w.learner.fused_kl import Head, HiddenRows
 from s2w.learner.signal_bias import signal_bias, summarise
+from s2w.models.head import Head
+from s2w.objectives.divergences import make_divergence
+from s2w.objectives.kernel import HiddenRows
 
 ROWS, VOCAB, PADDED, TEMPERATURE = 9, 40, 48, 1.3
 

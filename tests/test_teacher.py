@@ -20,13 +20,13 @@ from ray import ObjectRef
 from tiny_models import Kind, make_checkpoint
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from s2w.config import SignalConfig, SignalKind, TeacherConfig
+from s2w.actors.vllm import actor_options
+from s2w.config.schema import SignalConfig, SignalKind, TeacherConfig
+from s2w.models.head import load_head
 from s2w.records import Prompt, Rollout, TeacherSignal, VersionSpan
 from s2w.teacher.engine import TeacherEngine
-from s2w.teacher.head import load_head
 from s2w.teacher.pool import TeacherPool
 from s2w.teacher.signal import SignalRequest, bytes_per_row, decode
-from s2w.vllm_actor import actor_options
 
 VOCAB = 520
 """Ids of the vocabulary; the heads have more rows, as likely as the others."""

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint, make_model
 from transformers import GraniteConfig, GraniteForCausalLM
 
+from s2w.models.head import load_head
 from s2w.records import Prompt, Rollout, VersionSpan
-from s2w.teacher.head import load_head
 from s2w.teacher.pool import Dispatcher
 from s2w.teacher.signal import SignalRequest, bytes_per_row, check_finite, decode, encode, hidden_rows, nbytes
 

@@ -16,16 +16,16 @@ from tiny_models import VOCAB_SIZE, make_checkpoint
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from s2w.config import Config, SignalDtype, SignalKind, TeacherConfig
+from s2w.actors.vllm import actor_options
+from s2w.config.schema import Config, SignalDtype, SignalKind, TeacherConfig
 from s2w.errors import PreflightError
+from s2w.launch.preflight import FLOAT32, LOW_PRECISION, Reference, check_divergence, check_log_probs
 from s2w.learner.group import LearnerGroup
 from s2w.learner.messages import NonFiniteError
 from s2w.models.checkpoint import ModelReference
-from s2w.preflight import FLOAT32, LOW_PRECISION, Reference, check_divergence, check_log_probs
 from s2w.records import Prompt, Rollout, Scored, VersionSpan
 from s2w.teacher.engine import TeacherEngine
 from s2w.teacher.signal import Payload, SignalRequest
-from s2w.vllm_actor import actor_options
 
 TOP_K = 16
 SHAPES = [(20, 30), (1, 9), (33, 1), (15, 64), (40, 25)]

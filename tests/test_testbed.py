@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import s2w.testbed
-from s2w.config import DataConfig
+from s2w.config.schema import DataConfig
 from s2w.data.prompts import build_prompts
 from s2w.data.tasks import generate, score
 from s2w.data.verifiers import verify
-from s2w.modes import split_thinking
+from s2w.models.modes import split_thinking
 from s2w.records import Mode
 from s2w.testbed import task
 from s2w.testbed.student import student_config

@@ -23,15 +23,15 @@ from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w import controller
+from s2w.actors.stopping import INTERRUPTED
 from s2w.cli import main
-from s2w.compose import compose
-from s2w.config import Config
+from s2w.config.compose import compose
+from s2w.config.schema import Config
 from s2w.errors import ConfigError
+from s2w.launch.train import train
 from s2w.learner.group import LearnerGroup, LearnerStep
 from s2w.records import Prompt, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
-from s2w.stopping import INTERRUPTED
-from s2w.train import train
 from s2w.weights.publish import SwapReport
 
 COMMON = [

@@ -19,8 +19,8 @@ from tiny_models import KINDS, Kind, make_checkpoint, make_model
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from s2w.weights.names import CheckpointStream
 from s2w.weights.shm import ALIGNMENT, Segment, read_segment
+from s2w.weights.stream import CheckpointStream
 from s2w.weights.transfer import NcclTransfer, SharedMemoryTransfer
 
 MEMORY_FILES = "s2w-weights"

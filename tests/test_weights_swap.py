@@ -22,10 +22,10 @@ import torch
 from test_weights_stream import open_segments
 from tiny_models import VOCAB_SIZE, Kind, make_checkpoint, make_model
 
-from s2w.vllm_actor import prepare_process
-from s2w.weights.names import CheckpointStream
+from s2w.actors.vllm import prepare_process
 from s2w.weights.probe import ProbeError, ProbeResult, compare, engine_log_probs, model_log_probs
 from s2w.weights.publish import ReceiveStep, SendStep, SwapError, SwapReport, WeightReceiver, publish
+from s2w.weights.stream import CheckpointStream
 from s2w.weights.transfer import SharedMemoryTransfer
 
 TOLERANCE = 1e-4

@@ -13,12 +13,12 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from s2w.config import Config, DataConfig
+from s2w.config.schema import Config, DataConfig
 from s2w.data.files import Row, read_rows
 from s2w.data.tasks import derive_seed, generate
 from s2w.data.verifiers import VERIFIERS, check_verifier
 from s2w.errors import ConfigError, did_you_mean
-from s2w.modes import render, soft_switch, supported_modes
+from s2w.models.modes import render, soft_switch, supported_modes
 from s2w.records import Mode, Prompt
 
 logger = logging.getLogger(__name__)

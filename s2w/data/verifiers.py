@@ -60,7 +60,7 @@ def verify(prompt: Prompt, answer_text: str) -> float:
 
     Args:
         prompt: for a reasoning-gym task, ``metadata`` holds the ``entry`` and the task's ``options``.
-        answer_text: the response without its thinking (:func:`s2w.modes.split_thinking`).
+        answer_text: the response without its thinking (:func:`s2w.models.modes.split_thinking`).
 
     Raises:
         ConfigError: the prompt has no task, or its verifier has no reference answer to compare with.

@@ -1,4 +1,4 @@
-"""What a response amounts to: right or not, obedient or not, cut off or not, how long."""
+"""What a response amounts to: right or not, in its mode or not, cut off or not, how long."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from types import TracebackType
 from transformers import PreTrainedTokenizerBase
 
 from s2w.data.verifier_process import VerifierClosedError, VerifierProcess
-from s2w.modes import obeys, opens_thinking, split_thinking
+from s2w.metric import define
+from s2w.models.modes import adheres, opens_thinking, split_thinking
 from s2w.records import Mode, Rollout
+
+ADHERENCE = define("mode_adherence", "share", "Responses that keep to their prompt's mode.", over="samples")
+TRUNCATED = define("truncated", "share", "Responses that ended at their token limit.", over="samples")
+RESPONSE_LENGTH = define(
+    "response_length", "tokens", "Response tokens, mean over responses.", over="samples", column="length", format=".0f"
+)
+ACCURACY = define("accuracy", "share", "Right answers, over the prompts that have a verifier.", over="samples")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +32,23 @@ class Graded:
     mode: Mode
     correct: bool | None
     """The verifier's score is 1; None if the problem has no verifier."""
-    obedient: bool
-    """It keeps to its mode, see :func:`s2w.modes.obeys`."""
+    adherent: bool
+    """It keeps to its mode, see :func:`s2w.models.modes.adheres`."""
     truncated: bool
     """It ended at its token limit."""
     forced: bool
     """The thinking budget closed its think block."""
     tokens: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics over samples, by name; those that it does not have are missing."""
+        values = {
+            ADHERENCE.name: float(self.adherent),
+            TRUNCATED.name: float(self.truncated),
+            RESPONSE_LENGTH.name: float(self.tokens),
+        }
+        return values if self.correct is None else {**values, ACCURACY.name: float(self.correct)}
 
 
 class Grader:
@@ -70,7 +88,7 @@ class Grader:
             task=prompt.task,
             mode=prompt.mode,
             correct=correct,
-            obedient=obeys(response, prompt.mode),
+            adherent=adheres(response, prompt.mode),
             truncated=rollout.finish_reason == "length",
             forced=bool(rollout.forced),
             tokens=len(rollout.token_ids),

@@ -36,7 +36,7 @@ def heldout_responses(
                 forward_kl=forward / tokens,
                 reverse_kl=reverse / tokens,
                 correct=grade.correct,
-                obedient=grade.obedient,
+                adherent=grade.adherent,
                 truncated=grade.truncated,
             )
         )
@@ -66,7 +66,7 @@ def heldout_samples(
                     prompt=asked[-1] if asked else "",
                     response=text(rollout),
                     correct=grade.correct,
-                    obedient=grade.obedient,
+                    adherent=grade.adherent,
                     finish_reason=rollout.finish_reason,
                 )
             )

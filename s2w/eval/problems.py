@@ -14,13 +14,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from s2w.config import EvalConfig
+from s2w.config.schema import EvalConfig
 from s2w.data.files import read_rows
 from s2w.data.prompts import parse_messages
 from s2w.data.tasks import check_task, derive_seed, generate
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import hub_answers
-from s2w.modes import render
+from s2w.models.modes import render
 from s2w.records import Mode, Prompt
 
 HUB_FILE = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>.+)")

@@ -1,12 +1,13 @@
-"""Graded responses -> pass@k, obedience and length by mode: the report of ``s2w eval``, and a run's held-out scores."""
+"""Graded responses -> pass@k, mode adherence and length by mode: ``s2w eval``'s report, and a run's held-out scores."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from s2w.eval.grading import Graded
 from s2w.eval.statistics import Estimate, bootstrap, pass_at_k
@@ -27,7 +28,7 @@ class Scores:
     responses: int
     pass_at: dict[int, Estimate]
     """pass@k by k; mean over problems, 95 % interval over problems."""
-    obedience: float
+    mode_adherence: float
     truncated: float
     forced: float
     """Think block closed by the thinking budget."""
@@ -67,28 +68,38 @@ class EvalReport:
         """The report as text, one line for each of ``scores``."""
         several = len({scores.task for scores in self.scores}) > 1
         budgets = any(scores.thinking_budget is not None for scores in self.scores)
-        ks = list(self.scores[0].pass_at)
-        task_width = max(len("task"), *(len(scores.task) for scores in self.scores)) if several else 0
+        columns = [
+            *([_Column("task", "<", lambda s: s.task)] if several else []),
+            _Column("mode", "<", lambda s: s.mode),
+            *([_Column("budget", ">", lambda s: str(s.thinking_budget or "none"))] if budgets else []),
+            *([_Column("forced", ">", lambda s: f"{s.forced:.3f}")] if budgets else []),
+            _Column("problems", ">", lambda s: str(s.problems)),
+            *(_Column(f"pass@{k} [95 %]", ">", functools.partial(_pass_at, k)) for k in self.scores[0].pass_at),
+            _Column("adherence", ">", lambda s: f"{s.mode_adherence:.3f}"),
+            _Column("truncated", ">", lambda s: f"{s.truncated:.3f}"),
+            _Column("tokens", ">", lambda s: f"{s.response_length:.1f}"),
+        ]
+        rows = [[column.head for column in columns]]
+        rows += [[column.text(scores) for column in columns] for scores in self.scores]
+        widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(f"{cell:{column.align}{width}}" for cell, column, width in zip(row, columns, widths, strict=True))
+            for row in rows
+        )
 
-        def line(task: str, mode: str, budget: str, counts: Sequence[str], passes: Sequence[str]) -> str:
-            cells = [f"{task:<{task_width}}"] if several else []
-            cells += [f"{mode:<8}", *([f"{budget:>7}", f"{counts[-1]:>6}"] if budgets else []), f"{counts[0]:>9}"]
-            return "  ".join([*cells, *(f"{text:>20}" for text in passes), *(f"{text:>9}" for text in counts[1:4])])
 
-        head = ["problems", "obedience", "truncated", "tokens", "forced"]
-        lines = [line("task", "mode", "budget", head, [f"pass@{k} [95 %]" for k in ks])]
-        for scores in self.scores:
-            passes = [f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in scores.pass_at.values()]
-            counts = [
-                str(scores.problems),
-                f"{scores.obedience:.3f}",
-                f"{scores.truncated:.3f}",
-                f"{scores.response_length:.1f}",
-                f"{scores.forced:.3f}",
-            ]
-            budget = "none" if scores.thinking_budget is None else str(scores.thinking_budget)
-            lines.append(line(scores.task, scores.mode, budget, counts, passes))
-        return "\n".join(lines)
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One column of the table."""
+
+    head: str
+    align: Literal["<", ">"]
+    text: Callable[[Scores], str]
+
+
+def _pass_at(k: int, scores: Scores) -> str:
+    estimate = scores.pass_at[k]
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def make_report(
@@ -141,7 +152,7 @@ def make_report(
                         k: bootstrap([pass_at_k(count.samples, count.correct, k) for count in own_counts], seed)
                         for k in ks
                     },
-                    obedience=_mean(one.obedient for one in own),
+                    mode_adherence=_mean(one.adherent for one in own),
                     truncated=_mean(one.truncated for one in own),
                     forced=_mean(one.forced for one in own),
                     response_length=_mean(one.tokens for one in own),
@@ -151,21 +162,17 @@ def make_report(
 
 
 def mode_scores(graded: Sequence[Graded]) -> dict[str, dict[str, float]]:
-    """By mode: number of prompts, obedience, truncated, response_length, and accuracy over those with a verifier.
+    """By mode: ``prompts``, and the mean of each of :attr:`Graded.metrics` over the responses that have it.
 
     One response to each prompt, so accuracy is pass@1. A mode whose prompts have no verifier has no accuracy.
     """
     scores: dict[str, dict[str, float]] = {}
     for mode in sorted({one.mode for one in graded}):
-        own = [one for one in graded if one.mode == mode]
-        scores[mode] = {
-            "prompts": len(own),
-            "obedience": _mean(one.obedient for one in own),
-            "truncated": _mean(one.truncated for one in own),
-            "response_length": _mean(one.tokens for one in own),
+        own = [one.metrics for one in graded if one.mode == mode]
+        names = dict.fromkeys(name for metrics in own for name in metrics)
+        scores[mode] = {"prompts": len(own)} | {
+            name: _mean(metrics[name] for metrics in own if name in metrics) for name in names
         }
-        if verified := [one.correct for one in own if one.correct is not None]:
-            scores[mode]["accuracy"] = _mean(verified)
     return scores
 
 

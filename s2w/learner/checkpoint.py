@@ -19,12 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from safetensors.torch import save_file
 
 from s2w.models.checkpoint import TEXT_FILES
 
@@ -33,7 +29,6 @@ if TYPE_CHECKING:
 
 STATE_FILE = "state.json"
 OPTIMIZER_DIR = "optimizer"
-MAX_SHARD_BYTES = 5 * 2**30
 
 _MODEL_FILES = {"config.json", "generation_config.json", STATE_FILE}
 _STEP_DIR = re.compile(r"step_\d{6,}")
@@ -123,48 +118,3 @@ def write_texts(directory: Path, model: PreTrainedModel, source: Path, chat_temp
     if chat_template is not None:
         # The file goes before a template in tokenizer_config.json.
         (directory / "chat_template.jinja").write_text(chat_template)
-
-
-def write_weights(
-    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Writes safetensors as ``save_pretrained`` lays them out, holding one shard in memory.
-
-    Args:
-        tensors: names of the checkpoint and tensors, each valid until the next is asked for.
-        max_shard_bytes: a larger single tensor is a shard of its own.
-    """
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = total_parameters = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        path = directory / f"shard-{len(shards)}.partial"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending.clear()
-        pending_bytes = 0
-
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
-            flush()
-        pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-        total_parameters += tensor.numel()
-    flush()
-
-    if len(shards) == 1:
-        shards[0][0].rename(directory / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, (path, names) in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {
-        "metadata": {"total_parameters": total_parameters, "total_size": total_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from s2w.config import Config
-from s2w.failures import PROCESS_DEATHS, reason
-from s2w.hardware import cpu_environment, resolve_dtype
-from s2w.job import Job
+from s2w.actors.failures import PROCESS_DEATHS, reason
+from s2w.actors.hardware import cpu_environment, resolve_dtype
+from s2w.config.schema import Config
 from s2w.learner import checkpoint
 from s2w.learner.batching import MicroBatch, plan_micro_batches
-from s2w.learner.divergence import make_divergence
 from s2w.learner.messages import (
     MicroBatchWork,
     NonFiniteError,
@@ -35,11 +33,15 @@ from s2w.learner.messages import (
     StepRefusedError,
     sequence_length,
 )
+from s2w.learner.metrics import DIVERGENCE, STUDENT_ENTROPY
 from s2w.learner.schedule import learning_rate
 from s2w.learner.signal_bias import summarise
 from s2w.models.checkpoint import ModelReference
+from s2w.objectives import OBJECTIVES
+from s2w.objectives.divergences import divergence_of
 from s2w.records import Scored
-from s2w.teacher.routing import teacher_settings
+from s2w.teacher.routing import REFERENCE, teacher_settings
+from s2w.weights.transfer import Update
 
 logger = logging.getLogger(__name__)
 
@@ -50,27 +52,21 @@ ABANDONED_S = 600
 
 
 @dataclass(frozen=True, slots=True)
-class TokenMeans:
-    """Means over response tokens; KL and entropies in nats a token."""
-
-    tokens: int
-    divergence: float
-    student_entropy: float
-    teacher_entropy: float
-    """NaN with signal ``sampled``."""
-    agreement: float
-    """Share of tokens where both have the same most likely token; NaN with signal ``sampled``."""
-
-
-@dataclass(frozen=True, slots=True)
 class LearnerStep:
     """What one optimizer step did."""
 
+    tokens: int
+    """Sampled response tokens that were trained on."""
     loss: float
-    """The objective, mean over response tokens: the divergence, times temperature^2 where that is set."""
-    means: TokenMeans
-    by_mode: dict[str, TokenMeans]
+    """The objective, mean over these tokens: the divergence, times temperature^2 where that is set."""
+    metrics: dict[str, float]
+    """Metrics over tokens (:mod:`s2w.learner.metrics`, and the objective's own): means over these tokens."""
+    by_mode: dict[str, dict[str, float]]
     """The same for the samples of each mode."""
+    sums: dict[str, np.ndarray]
+    """The same as sums over the tokens of each sample that counts, float64 [samples], in their order."""
+    left_out: float
+    """Share of the samples that the objective has left out."""
     grad_norm: float
     """Of the whole gradient, before clipping."""
     learning_rate: float
@@ -172,14 +168,18 @@ class LearnerGroup:
         """
         config = self.config
         self.vocab_size = vocab_size
+        objective = OBJECTIVES[config.loss.objective].make(config)
+        teachers = {name: (teacher.model, teacher.revision) for name, teacher in teacher_settings(config).items()}
+        if objective.needs_reference:
+            teachers[REFERENCE] = (student.reference, student.revision)
         spec = RankSpec(
             learner=config.learner,
-            loss=config.loss,
-            reward=config.reward,
-            signal=config.signal.kind.value,
+            loss=objective.loss_settings(config.loss),
+            objective=objective,
+            signal=config.signal.kind,
             student=student,
             chat_template=chat_template,
-            teachers={name: (teacher.model, teacher.revision) for name, teacher in teacher_settings(config).items()},
+            teachers=teachers,
             vocab_size=vocab_size,
             device=self.device,
             dtype=resolve_dtype(config.learner.dtype, self.device),
@@ -187,7 +187,7 @@ class LearnerGroup:
             seed=config.run.seed,
             run_dir=Path(config.run.dir).absolute(),
         )
-        await self._call("build", [(spec,)] * len(self.ranks))
+        await self._call("build", lambda rank, _: rank.build.remote(spec))
 
     async def step(self, samples: Sequence[Scored], step: int) -> LearnerStep:
         """One optimizer step on all of ``samples``; ``step`` is 0 for the first.
@@ -200,24 +200,29 @@ class LearnerGroup:
         """
         began = time.perf_counter()
         rate = learning_rate(self.config.learner, step, self.config.loop.steps)
-        plan = _share_out(samples, self._plan(samples))
-        tokens = sum(len(sample.rollout.sampled_rows) for sample in samples)
+        counted = [sample for sample in samples if sample.counts]
+        if samples and not counted:
+            return self._nothing(len(samples), step, rate)
+        plan = self._plan(counted)
+        work = _share_out(counted, plan)
+        tokens = _tokens(counted)
         every = self.config.signal.bias_every
         measure_bias = every > 0 and (step + 1) % every == 0
-        calls = [(work, tokens, rate, step, measure_bias) for work in plan]
-        reports: list[RankStep] = await self._call("step", calls)
-
-        modes = [s.rollout.prompt.mode for work in plan for item in work if item.weighted for s in item.samples]
-        counts = [len(s.rollout.sampled_rows) for work in plan for item in work if item.weighted for s in item.samples]
-        sums = np.concatenate([report.sums for report in reports])
-        by_mode: dict[str, TokenMeans] = {}
-        for mode in sorted(set(modes)):
-            chosen = np.array([m == mode for m in modes])
-            by_mode[mode] = _means(sums[chosen], int(np.array(counts)[chosen].sum()))
+        reports: list[RankStep] = await self._call(
+            "step", lambda rank, i: rank.step.remote(work[i], tokens, rate, step, measure_bias)
+        )
+        sums = _in_order(plan, [report.sums for report in reports])
+        by_mode: dict[str, dict[str, float]] = {}
+        for mode in sorted({sample.rollout.prompt.mode for sample in counted}):
+            own = [i for i, sample in enumerate(counted) if sample.rollout.prompt.mode == mode]
+            by_mode[mode] = _means(sums, own, counted)
         return LearnerStep(
+            tokens=tokens,
             loss=math.fsum(report.loss_sum for report in reports) / tokens,
-            means=_means(sums, tokens),
+            metrics=_means(sums, range(len(counted)), counted),
             by_mode=by_mode,
+            sums=sums,
+            left_out=1 - len(counted) / len(samples),
             grad_norm=reports[0].grad_norm,
             learning_rate=rate,
             seconds=time.perf_counter() - began,
@@ -229,28 +234,38 @@ class LearnerGroup:
             skipped=self._skipped(reports, step),
         )
 
+    def _nothing(self, samples: int, step: int, rate: float) -> LearnerStep:
+        """The report of a step whose samples the objective has all left out."""
+        sentence = f"step {step + 1}: the objective leaves out all {samples} samples, and the update with them"
+        self._count_skipped(sentence)
+        unknown = {DIVERGENCE.name: math.nan, STUDENT_ENTROPY.name: math.nan}
+        return LearnerStep(0, math.nan, unknown, {}, {}, 1.0, 0.0, rate, 0.0, 0, 0.0, 0.0, 0, {}, sentence)
+
     def _skipped(self, reports: Sequence[RankStep], step: int) -> str:
         """``LearnerStep.skipped``; counts."""
         if math.isfinite(reports[0].grad_norm):
             self.skipped_in_a_row = 0
             return ""
-        self.skipped_in_a_row += 1
         uids = [uid for report in reports for uid in report.flawed]
         whose = f"that of {', '.join(uids)}" if uids else "no sample's own, but their sum"
-        limit = self.config.learner.max_skipped_steps
         sentence = f"step {step + 1}: the gradient is not finite ({whose}), and the update is left out"
+        self._count_skipped(sentence)
+        return sentence
+
+    def _count_skipped(self, sentence: str) -> None:
+        """Raises NonFiniteError after too many steps without an update in a row."""
+        self.skipped_in_a_row += 1
+        limit = self.config.learner.max_skipped_steps
         if self.skipped_in_a_row > limit:
             raise NonFiniteError(
                 f"{sentence}: {self.skipped_in_a_row} in a row, more than learner.max_skipped_steps={limit}; look at "
                 "these samples, or write a lower learner.learning_rate"
             )
-        return sentence
 
     async def evaluate(self, samples: Sequence[Scored], divergences: Sequence[str]) -> dict[str, float]:
         """Means of divergences over the sampled tokens of all ``samples``; see :meth:`evaluate_samples`."""
         sums = await self.evaluate_samples(samples, divergences)
-        tokens = sum(len(sample.rollout.sampled_rows) for sample in samples)
-        return {name: math.fsum(column) / tokens for name, column in zip(divergences, sums.T, strict=True)}
+        return {name: math.fsum(column) / _tokens(samples) for name, column in zip(divergences, sums.T, strict=True)}
 
     async def evaluate_samples(self, samples: Sequence[Scored], divergences: Sequence[str]) -> np.ndarray:
         """Divergences summed over the sampled tokens of each sample, in nats, at the temperature of the loss.
@@ -265,10 +280,10 @@ class LearnerGroup:
             ValueError: unknown divergence, no samples, or one without sampled tokens.
             SignalLostError, NonFiniteError: the message names the sample.
         """
-        loss = self.config.loss
-        named = [(name, make_divergence(name, beta=loss.beta, alpha=loss.alpha)) for name in divergences]
+        named = [(name, divergence_of(replace(self.config.loss, divergence=name))) for name in divergences]
         plan = self._plan(samples)
-        shares = await self._call("evaluate", [(work, named) for work in _share_out(samples, plan)])
+        work = _share_out(samples, plan)
+        shares = await self._call("evaluate", lambda rank, i: rank.evaluate.remote(work[i], named))
         sums = np.empty((len(samples), len(divergences)))
         sums[_order(plan)] = np.concatenate(shares)
         return sums
@@ -284,17 +299,24 @@ class LearnerGroup:
             SignalLostError, NonFiniteError: the message names the sample.
         """
         plan = self._plan(samples)
-        shares = await self._call("teacher_log_probs", [(work,) for work in _share_out(samples, plan)])
+        work = _share_out(samples, plan)
+        shares = await self._call("teacher_log_probs", lambda rank, i: rank.teacher_log_probs.remote(work[i]))
         by_sample = dict(zip(_order(plan), (values for share in shares for values in share), strict=True))
         return [by_sample[i] for i in range(len(samples))]
 
     async def probe(self, token_ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         """Log-prob of each token but the first, given those before it: float32 [n - 1], in nats."""
-        return (await self._call("probe", [(token_ids, temperature)] * len(self.ranks)))[0]
+        return (await self._call("probe", lambda rank, _: rank.probe.remote(token_ids, temperature)))[0]
 
-    async def send_weights(self, step: str, *args: Any) -> Any:
-        """A step of a weight swap on all ranks; returns what rank 0 returns (:mod:`s2w.weights.publish`)."""
-        return (await self._call("send_weights", [(step, *args)] * len(self.ranks)))[0]
+    async def prepare_weights(self, workers: dict[int, int]) -> Update:
+        """See :class:`s2w.weights.publish.WeightSource`, as of the next two."""
+        return (await self._call("prepare_weights", lambda rank, _: rank.prepare_weights.remote(workers)))[0]
+
+    async def connect_weights(self) -> None:
+        await self._call("connect_weights", lambda rank, _: rank.connect_weights.remote())
+
+    async def send_weights(self) -> None:
+        await self._call("send_weights", lambda rank, _: rank.send_weights.remote())
 
     async def save(self, root: Path, step: int, data: dict[str, Any], keep: int) -> Path:
         """Writes the checkpoint after ``step`` optimizer steps under ``root``; see :mod:`s2w.learner.checkpoint`.
@@ -308,7 +330,7 @@ class LearnerGroup:
         """
         root = root.absolute()
         partial = await asyncio.to_thread(checkpoint.begin, root, step)
-        await self._call("save", [(partial,)] * len(self.ranks))
+        await self._call("save", lambda rank, _: rank.save.remote(partial))
         state = {"step": step, "shape": self._shape(), "config_hash": self._config_hash(), "data": data}
         return await asyncio.to_thread(checkpoint.commit, partial, state, keep)
 
@@ -333,7 +355,7 @@ class LearnerGroup:
             logger.warning(
                 "the student, learner, loss, reward or signal settings differ from those %s was made with", directory
             )
-        await self._call("load", [(directory,)] * len(self.ranks))
+        await self._call("load", lambda rank, _: rank.load.remote(directory))
         return state["step"], state["data"]
 
     def shutdown(self) -> None:
@@ -344,25 +366,29 @@ class LearnerGroup:
         remove_placement_group(self.placement)
 
     async def _connect(self) -> None:
-        places = await self._call("place", [()] * len(self.ranks))
+        places = await self._call("place", lambda rank, _: rank.place.remote())
         on_node = Counter(node for node, *_ in places)
         _, address, port, _ = places[0]
         given = self.config.learner.threads
         threads = [given or max(1, cores // on_node[node]) for node, _, _, cores in places]
-        await self._call("connect", [(address, port, self.device, count) for count in threads])
+        await self._call("connect", lambda rank, i: rank.connect.remote(address, port, self.device, threads[i]))
 
-    async def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Calls a method on every rank, rank i with ``arguments[i]``; results in the order of the ranks.
+    async def _call(self, what: str, call: Callable[[Any, int], Any]) -> list[Any]:
+        """Calls every rank; results in the order of the ranks.
+
+        Args:
+            what: the call, for the text of an error.
+            call: makes the call, given a rank and its number.
 
         A caller that is cancelled leaves at once; the next call waits until the ranks have ended this one.
         """
         await self.lock.acquire()
-        call = asyncio.create_task(self._on_all_ranks(method, arguments))
-        call.add_done_callback(lambda _: self.lock.release())
+        calls = asyncio.create_task(self._on_all_ranks(what, call))
+        calls.add_done_callback(lambda _: self.lock.release())
         try:
-            return await asyncio.shield(call)
+            return await asyncio.shield(calls)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().call_later(ABANDONED_S, self._give_up, call)
+            asyncio.get_running_loop().call_later(ABANDONED_S, self._give_up, calls)
             raise
 
     def _give_up(self, call: asyncio.Task[list[Any]]) -> None:
@@ -370,7 +396,7 @@ class LearnerGroup:
         if not call.done():
             self.shutdown()
 
-    async def _on_all_ranks(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    async def _on_all_ranks(self, what: str, call: Callable[[Any, int], Any]) -> list[Any]:
         """One call of all ranks, which are idle.
 
         A rank that fails alone leaves the others waiting in a collective, so the first failure ends them all. A step
@@ -378,10 +404,7 @@ class LearnerGroup:
         """
         if not self.ranks:
             raise LearnerError("the learner group has been shut down")
-        calls = [
-            asyncio.ensure_future(getattr(rank, method).remote(*args))
-            for rank, args in zip(self.ranks, arguments, strict=True)
-        ]
+        calls = [asyncio.ensure_future(call(rank, i)) for i, rank in enumerate(self.ranks)]
         try:
             return await asyncio.gather(*calls)
         except StepRefusedError:
@@ -391,13 +414,13 @@ class LearnerGroup:
         except Exception:
             # A rank that died breaks the connections of the others, who may tell of it first.
             await asyncio.wait(calls, timeout=FAILING_S)
-            failed = {i: error for i, call in enumerate(calls) if call.done() and (error := call.exception())}
+            failed = {i: error for i, one in enumerate(calls) if one.done() and (error := one.exception())}
             died = [i for i, error in failed.items() if isinstance(error, PROCESS_DEATHS)]
             self.shutdown()
             await asyncio.gather(*calls, return_exceptions=True)
             rank = (died or list(failed))[0]
             who = f"learner rank {rank}"
-            text = f"{who} died in {method}" if died else f"{method} failed on {who}"
+            text = f"{who} died in {what}" if died else f"{what} failed on {who}"
             raise LearnerError(f"{text}: {reason(failed[rank], who)}") from failed[rank]
 
     def _plan(self, samples: Sequence[Scored]) -> list[list[MicroBatch]]:
@@ -447,9 +470,26 @@ def _order(plan: list[list[MicroBatch]]) -> list[int]:
     return [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
 
 
-def _means(sums: np.ndarray, tokens: int) -> TokenMeans:
-    """From ``sums`` [samples, 4], columns as :data:`s2w.learner.worker.STATISTICS`."""
-    return TokenMeans(tokens, *(float(value) for value in sums.sum(0) / tokens))
+def _in_order(plan: list[list[MicroBatch]], reports: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The ranks' sums as arrays over all samples, in the samples' order."""
+    order = _order(plan)
+    names = [name for report in reports for name in report]
+    sums: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(names):
+        sums[name] = np.empty(len(order))
+        sums[name][order] = np.concatenate([report[name] for report in reports if report])
+    return sums
+
+
+def _tokens(samples: Sequence[Scored]) -> int:
+    """Sampled response tokens."""
+    return sum(len(sample.rollout.sampled_rows) for sample in samples)
+
+
+def _means(sums: dict[str, np.ndarray], own: Sequence[int], samples: Sequence[Scored]) -> dict[str, float]:
+    """Means over the tokens of the samples with the indices ``own``."""
+    tokens = _tokens([samples[i] for i in own])
+    return {name: float(values[own].sum() / tokens) for name, values in sums.items()}
 
 
 def _describe(shape: dict[str, Any]) -> str:
@@ -459,15 +499,3 @@ def _describe(shape: dict[str, Any]) -> str:
 def _environment(device: str) -> dict[str, str]:
     environment = {"DS_ACCELERATOR": device, "TOKENIZERS_PARALLELISM": "false"}
     return environment | cpu_environment() if device == "cpu" else environment
-
-
-async def start_learner(config: Config, student: ModelReference, job: Job) -> LearnerGroup:
-    """The learner of one phase of ``job``: as :meth:`LearnerGroup.start`.
-
-    Args:
-        config: the job's, with what the phase changes.
-        student: the checkpoint to start from.
-    """
-    facts = job.facts
-    template = str(facts.student.tokenizer.chat_template) if config.student.thinking_switch else None
-    return await LearnerGroup.start(config, student, job.device, facts.vocabulary.vocab_size, template)

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from s2w.config import LearnerConfig, LossConfig, Objective, RewardConfig
+from s2w.config.schema import LearnerConfig, LossConfig
 from s2w.learner.signal_bias import SignalSums
 from s2w.models.checkpoint import ModelReference
+from s2w.objectives import Objective
 from s2w.records import Scored, SignalKind
-
-STATISTICS = ("values", "student_entropy", "teacher_entropy", "agreement")
-"""What a training forward returns for each response token."""
 
 
 class StepRefusedError(RuntimeError):
@@ -35,14 +33,15 @@ class RankSpec:
 
     learner: LearnerConfig
     loss: LossConfig
-    reward: RewardConfig
+    """As the objective uses it."""
+    objective: Objective
     signal: SignalKind
     student: ModelReference
     """The checkpoint to start from."""
     chat_template: str | None
     """Goes into the student's checkpoints in place of the template in ``student``; None leaves that one."""
     teachers: dict[str, tuple[str, str | None]]
-    """By name, hub id or path and revision of each teacher, whose head is loaded for signal ``hidden``."""
+    """By name: hub id or path and revision of each teacher and of the reference; ``hidden`` needs their heads."""
     vocab_size: int
     """Ids that student and teacher share."""
     device: str
@@ -54,11 +53,6 @@ class RankSpec:
     seed: int
     run_dir: Path
     """Where the micro-batch of a refused step is written."""
-
-    @property
-    def reward_weight(self) -> float:
-        """Of the policy gradient; 0 where there is none."""
-        return 1.0 if self.loss.objective is Objective.grpo else self.reward.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +67,8 @@ class MicroBatchWork:
 class RankStep:
     """What one rank did in a step."""
 
-    sums: np.ndarray
-    """float64 [samples, 4]: ``STATISTICS`` summed over each sample's response tokens, in the order of the work."""
+    sums: dict[str, np.ndarray]
+    """By metric, float64 [samples]: sums over each sample's response tokens, in the order of the weighted work."""
     loss_sum: float
     """The objective summed over this rank's response tokens."""
     grad_norm: float

@@ -1,13 +1,13 @@
-"""When the learner's updates go to disk, and that those which have not are saved when a phase ends before its time."""
+"""Checkpoints of a phase: when they are due, and a last one when it ends before its time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from s2w.actors.stopping import uninterrupted
 from s2w.learner.group import LearnerGroup
-from s2w.observe.progress import Progress
-from s2w.stopping import uninterrupted
 
 
 class Saver:
@@ -17,10 +17,13 @@ class Saver:
         directory: of the phase's checkpoints.
         keep: checkpoints that stay on disk.
         step: updates that the learner's weights have already had (resume).
+        say: prints a line.
     """
 
-    def __init__(self, learner: LearnerGroup, directory: Path, keep: int, step: int, progress: Progress) -> None:
-        self._learner, self._directory, self._keep, self._progress = learner, directory, keep, progress
+    def __init__(
+        self, learner: LearnerGroup, directory: Path, keep: int, step: int, say: Callable[[str], None]
+    ) -> None:
+        self._learner, self._directory, self._keep, self._say = learner, directory, keep, say
         self._saved = step
 
     @uninterrupted
@@ -30,14 +33,14 @@ class Saver:
             return
         path = await self._learner.save(self._directory, step, data, self._keep)
         self._saved = step
-        self._progress.say(f"saved {path}")
+        self._say(f"saved {path}")
 
     async def rescue(self, step: int, data: dict[str, Any]) -> None:
         """:meth:`save`, while an exception ends the phase: never raises another one."""
         try:
             await self.save(step, data)
         except Exception as error:
-            self._progress.say(f"the updates since step {self._saved} could not be saved: {error}")
+            self._say(f"the updates since step {self._saved} could not be saved: {error}")
 
 
 def due(step: int, every: int) -> bool:

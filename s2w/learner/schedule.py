@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from s2w.config import LearnerConfig, Schedule
+from s2w.config.schema import LearnerConfig
 
 
 def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
@@ -15,7 +15,7 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == Schedule.constant:
+    if config.schedule == "constant":
         return config.learning_rate
     decay_steps = max(1, total_steps - 1 - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / decay_steps)

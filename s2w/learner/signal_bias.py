@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2w.learner.carriage import carries
-from s2w.learner.divergence import Divergence
-from s2w.learner.fused_kl import Head, HiddenRows, SampledRows, SparseRows, TeacherRows, divergence_loss
+from s2w.models.head import Head
+from s2w.objectives.divergences import Divergence
+from s2w.objectives.kernel import HiddenRows, SampledRows, SparseRows, TeacherRows, divergence_loss
+from s2w.objectives.support import signal_support
 from s2w.teacher.signal import HiddenDtype, bytes_per_row, decode, encode, hidden_rows
 
 TOP_K = (16, 64, 256)
@@ -71,15 +72,14 @@ def signal_bias(
         hidden: [N, d_s] student hidden rows.
         head: the student's, in the same dtype.
         sampled_ids: int64 [N], the response tokens.
-        vocab_size, temperature, chunk_rows: see :func:`s2w.learner.fused_kl.divergence_loss`.
+        vocab_size, temperature, chunk_rows: see :func:`s2w.objectives.kernel.divergence_loss`.
         top_k: ids a row.
 
     Returns:
         By ``topk_K``, ``ids_K``, ``hidden_bfloat16``, ``hidden_float8``, and ``sampled`` if it carries the divergence.
     """
     hidden = hidden.detach()
-    bias = None if head.bias is None else head.bias.detach()
-    head = Head(head.weight.detach(), bias, head.softcap, head.scale)
+    head = head.detach()
     options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature, "chunk_rows": chunk_rows}
 
     def solve(rows: TeacherRows) -> tuple[float, Tensor]:
@@ -173,7 +173,7 @@ def _signals(
             torch.cat(column) for column in zip(*((p.ids, p.log_probs, p.log_tail) for p in pieces), strict=True)
         ]
         yield name, SparseRows(*columns), bytes_per_row("topk", top_k=columns[0].shape[1])
-    if carries("sampled", divergence).strength != "not possible":
+    if signal_support("sampled", divergence).strength != "not possible":
         yield "sampled", SampledRows(sampled_ids, torch.cat(at_sampled)), bytes_per_row("sampled")
     teacher_rows = teacher.hidden[:].detach().float().cpu()
     dtypes: tuple[HiddenDtype, ...] = ("bfloat16", "float8")

@@ -12,7 +12,7 @@ from itertools import accumulate
 import ray
 import torch
 
-from s2w.records import Scored
+from s2w.records import Scored, TeacherSignal
 from s2w.teacher.signal import Payload, check_finite, decode, hidden_rows, nbytes
 
 PREFETCH = 2
@@ -24,8 +24,10 @@ class Fetched:
     """The signals of one micro-batch."""
 
     parts: list[dict[str, torch.Tensor]]
-    """The sampled rows of each sample: CPU tensors [n, ...] as :func:`s2w.teacher.signal.decode` names them, in the
-    object store's memory and so read-only; empty if fetching failed."""
+    """The teacher's signal at the sampled tokens of each sample: CPU tensors [n, ...] as
+    :func:`s2w.teacher.signal.decode` names them, in the object store's memory and so read-only; empty without."""
+    reference: list[dict[str, torch.Tensor]]
+    """The same of the reference."""
     nbytes: int
     seconds: float
     """What it took to get them."""
@@ -74,12 +76,16 @@ def fetch(samples: Sequence[Scored]) -> Fetched:
     """Gets the signals of a micro-batch; blocks. Never raises for a signal that is lost or malformed:
     the other ranks wait in collectives and must be told in step."""
     began = time.perf_counter()
+    found: list[list[dict[str, torch.Tensor]]] = []
+    size = 0
     try:
-        payloads = _get(samples)
-        parts = [_sampled_rows(sample, payload) for sample, payload in zip(samples, payloads, strict=True)]
+        for signals in ([sample.signal for sample in samples], [sample.reference for sample in samples]):
+            payloads = _get(samples, signals)
+            size += sum(map(nbytes, payloads))
+            found.append([_at_sampled(sample, payload) for sample, payload in zip(samples, payloads, strict=False)])
     except _Unusable as error:
-        return Fetched([], 0, time.perf_counter() - began, str(error))
-    return Fetched(parts, sum(map(nbytes, payloads)), time.perf_counter() - began)
+        return Fetched([], [], 0, time.perf_counter() - began, str(error))
+    return Fetched(found[0], found[1], size, time.perf_counter() - began)
 
 
 def first_flaw(samples: Iterable[Scored]) -> str | None:
@@ -88,38 +94,34 @@ def first_flaw(samples: Iterable[Scored]) -> str | None:
 
 
 def _flaw(sample: Scored) -> str | None:
+    assert sample.signal is not None
     try:
-        check_finite(_get_one(sample), sample.rollout.uid)
+        check_finite(_get_one(sample, sample.signal), sample.rollout.uid)
     except (FloatingPointError, _Unusable) as error:
         return str(error)
     return None
 
 
-def _get(samples: Sequence[Scored]) -> list[Payload]:
-    """The payloads, all asked for at once so that those of other nodes travel together."""
-    references = [_reference(sample) for sample in samples]
+def _get(samples: Sequence[Scored], signals: Sequence[TeacherSignal | None]) -> list[Payload]:
+    """The payloads, all asked for at once so that those of other nodes travel together; none where there are none."""
+    there = [signal for signal in signals if signal is not None]
     try:
-        return ray.get(references)
+        return ray.get([signal.payload for signal in there])
     except ray.exceptions.RayError:
         # The error does not say whose it is: ask one by one.
-        return [_get_one(sample) for sample in samples]
+        return [_get_one(sample, signal) for sample, signal in zip(samples, there, strict=True)]
 
 
-def _get_one(sample: Scored) -> Payload:
+def _get_one(sample: Scored, signal: TeacherSignal) -> Payload:
     try:
-        return ray.get(_reference(sample))
+        return ray.get(signal.payload)
     except ray.exceptions.RayError as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise _Unusable(f"teacher signal of {sample.rollout.uid} is lost ({reason})") from error
 
 
-def _reference(sample: Scored) -> ray.ObjectRef:
-    assert sample.signal is not None
-    return sample.signal.payload
-
-
-def _sampled_rows(sample: Scored, payload: Payload) -> dict[str, torch.Tensor]:
-    """The rows that are learned from; inserted tokens are scored with the rest."""
+def _at_sampled(sample: Scored, payload: Payload) -> dict[str, torch.Tensor]:
+    """The signal at the tokens that are trained on; inserted tokens are scored with the rest."""
     rollout = sample.rollout
     tensors = decode(payload)
     if any(len(tensor) != len(rollout.token_ids) for tensor in tensors.values()):
@@ -153,17 +155,17 @@ class SignalStream:
     def __iter__(self) -> Iterator[Fetched | None]:
         with ThreadPoolExecutor(1, thread_name_prefix="signals") as thread:
             ahead: deque[Future[Fetched] | None] = deque()
-            pending = iter(self.batches)
-            for _ in self.batches:
-                while len(ahead) <= PREFETCH and (batch := next(pending, ())) != ():
+            for done in range(len(self.batches)):
+                while len(ahead) <= PREFETCH and done + len(ahead) < len(self.batches):
+                    batch = self.batches[done + len(ahead)]
                     ahead.append(None if batch is None else thread.submit(fetch, batch))
                 future = ahead.popleft()
-                if future is None:
-                    yield None
-                    continue
-                started = time.perf_counter()
-                fetched = future.result()
-                self.waited += time.perf_counter() - started
-                self.fetched += fetched.seconds
-                self.nbytes += fetched.nbytes
-                yield fetched
+                yield None if future is None else self._take(future)
+
+    def _take(self, future: Future[Fetched]) -> Fetched:
+        started = time.perf_counter()
+        fetched = future.result()
+        self.waited += time.perf_counter() - started
+        self.fetched += fetched.seconds
+        self.nbytes += fetched.nbytes
+        return fetched

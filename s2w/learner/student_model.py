@@ -17,19 +17,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from s2w.config import LossConfig
-from s2w.learner.divergence import Divergence
-from s2w.learner.fused_kl import (
-    Head,
+from s2w.config.schema import LossConfig
+from s2w.learner.metrics import AGREEMENT, DIVERGENCE, REFERENCE_KL, STUDENT_ENTROPY, TEACHER_ENTROPY
+from s2w.learner.signal_bias import signal_bias
+from s2w.models.head import Head, head_of
+from s2w.objectives import TokenLoss
+from s2w.objectives.divergences import Divergence, ReverseKL
+from s2w.objectives.kernel import (
     HiddenRows,
-    PolicyRows,
     SampledRows,
-    TeacherRows,
     divergence_loss,
     divergence_values,
 )
-from s2w.learner.signal_bias import signal_bias
-from s2w.teacher.head import logit_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +75,12 @@ class StudentModel(nn.Module):
     @property
     def head(self) -> Head:
         """Output embedding with the logit scale and softcap of the model's configuration; valid inside forward."""
-        embedding = self.lm.get_output_embeddings()
-        config = self.lm.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(embedding.weight, getattr(embedding, "bias", None), softcap, logit_scale(config))
+        return head_of(self.lm)
 
     def forward(
         self,
         tokens: Tokens,
-        teacher: TeacherRows | None = None,
-        weights: torch.Tensor | None = None,
-        policy: PolicyRows | None = None,
+        loss: TokenLoss | None = None,
         evaluate: Sequence[tuple[str, Divergence]] = (),
         log_probs_at: float | None = None,
         measure_bias: bool = False,
@@ -94,23 +88,18 @@ class StudentModel(nn.Module):
         """Runs the student over a micro-batch.
 
         Args:
-            teacher: the teacher's rows, [N].
-            weights: [N] of the rows in the divergence's sum, 1 if None.
-            policy: a policy gradient to add; without ``teacher`` it is the whole loss.
+            loss: what is minimised at the N tokens.
             evaluate: names and divergences to compute without gradient, in place of the training loss.
             log_probs_at: return the log-probs of ``targets`` at this temperature instead.
             measure_bias: training with HiddenRows: add ``signal_bias``, see
                 :func:`s2w.learner.signal_bias.signal_bias`.
 
         Returns:
-            Training: ``loss``, a scalar, the weighted sum over the N rows, and float32 [N] ``values``,
-            ``student_entropy``, ``teacher_entropy``, ``agreement``, see
-            :class:`~s2w.learner.fused_kl.DivergenceOutput`.
+            Training: ``loss``, a scalar, the weighted sum over the N tokens, and ``metrics``, float32 [N] by name.
             ``evaluate``: float32 [N] by name, at the temperature of the loss. Signal ``sampled`` can only estimate
             ``reverse_kl``; the others are NaN.
             ``log_probs_at``: float32 [N] ``log_probs``, in nats.
-            Neither ``teacher`` nor ``policy``: a ``loss`` of exactly 0 that depends on every weight, for a rank that
-            only keeps in step.
+            No loss: a ``loss`` of exactly 0 that depends on every weight, for a rank that only keeps in step.
         """
         hidden = self.lm.base_model(input_ids=tokens.input_ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, tokens.rows)
@@ -118,42 +107,70 @@ class StudentModel(nn.Module):
         if log_probs_at is not None:
             log_q = (head.cut(self.vocab_size).logits(hidden) / log_probs_at).log_softmax(-1)
             return {"log_probs": log_q.gather(-1, tokens.targets[:, None])[:, 0]}
-        if teacher is None and policy is None:
+        if loss is None:
             parameters = self.lm.get_output_embeddings().parameters()
             return {"loss": 0.0 * (hidden[:1].sum() + sum(p.flatten()[:1].sum() for p in parameters))}
-        options: dict[str, Any] = {
+        if evaluate:
+            return self._evaluate(hidden, head, loss, evaluate)
+        result = self._train(hidden, head, loss)
+        if measure_bias and isinstance(loss.teacher, HiddenRows):
+            # Here because the head is whole only here, at ZeRO stage 3.
+            result["signal_bias"] = signal_bias(
+                hidden, head, loss.teacher, self.divergence, sampled_ids=tokens.targets, **self._options
+            )
+        return result
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
             "vocab_size": self.vocab_size,
             "temperature": self.loss.temperature,
             "chunk_rows": self.loss.chunk_rows,
         }
-        if evaluate and teacher is not None and not isinstance(teacher, SampledRows):
-            return divergence_values(hidden, head, teacher, evaluate, **options)
+
+    def _train(self, hidden: torch.Tensor, head: Head, loss: TokenLoss) -> dict[str, Any]:
+        squared = self.loss.temperature_squared
         output = divergence_loss(
             hidden,
             head,
-            teacher,
+            loss.teacher,
             self.divergence,
-            policy=policy,
-            weights=weights,
-            temperature_squared=self.loss.temperature_squared,
-            **options,
+            policy=loss.policy,
+            weights=loss.weights,
+            temperature_squared=squared,
+            **self._options,
         )
-        if evaluate:
-            unknown = torch.full_like(output.values, torch.nan)
-            return {name: output.values if name == "reverse_kl" else unknown for name, _ in evaluate}
-        result: dict[str, Any] = {
-            "loss": output.loss,
-            "values": output.values,
-            "student_entropy": output.student_entropy,
-            "teacher_entropy": output.teacher_entropy,
-            "agreement": output.agreement,
+        metrics = {
+            DIVERGENCE.name: output.values,
+            STUDENT_ENTROPY.name: output.student_entropy,
+            TEACHER_ENTROPY.name: output.teacher_entropy,
+            AGREEMENT.name: output.agreement,
+            **loss.metrics,
         }
-        if measure_bias and isinstance(teacher, HiddenRows):
-            # Here because the head is whole only here, at ZeRO stage 3.
-            result["signal_bias"] = signal_bias(
-                hidden, head, teacher, self.divergence, sampled_ids=tokens.targets, **options
-            )
-        return result
+        if loss.reference is None:
+            return {"loss": output.loss, "metrics": metrics}
+        reference = divergence_loss(
+            hidden,
+            head,
+            loss.reference,
+            ReverseKL(),
+            weights=loss.reference_weights,
+            temperature_squared=squared,
+            **self._options,
+        )
+        metrics[REFERENCE_KL.name] = reference.values
+        return {"loss": output.loss + reference.loss, "metrics": metrics}
+
+    @torch.no_grad()
+    def _evaluate(
+        self, hidden: torch.Tensor, head: Head, loss: TokenLoss, evaluate: Sequence[tuple[str, Divergence]]
+    ) -> dict[str, Any]:
+        if not isinstance(loss.teacher, SampledRows):
+            assert loss.teacher is not None
+            return divergence_values(hidden, head, loss.teacher, evaluate, **self._options)
+        estimate = divergence_loss(hidden, head, loss.teacher, ReverseKL(), **self._options).values
+        unknown = torch.full_like(estimate, torch.nan)
+        return {name: estimate if name == "reverse_kl" else unknown for name, _ in evaluate}
 
 
 def load_student(path: Path, dtype: torch.dtype, attention: str, zero3: dict[str, Any] | None) -> PreTrainedModel:

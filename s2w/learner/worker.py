@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,10 @@ import torch
 from torch import nn
 from torch.distributed import ReduceOp
 
-from s2w.config import LearnerConfig, Objective
-from s2w.hardware import core_count
+from s2w.actors.hardware import core_count
+from s2w.config.schema import LearnerConfig
 from s2w.learner import checkpoint
-from s2w.learner.divergence import Divergence, make_divergence
-from s2w.learner.fused_kl import Head, HiddenRows, PolicyRows, SampledRows, SparseRows, TeacherRows
 from s2w.learner.messages import (
-    STATISTICS,
     MicroBatchWork,
     NonFiniteError,
     RankSpec,
@@ -33,13 +31,19 @@ from s2w.learner.messages import (
     StepRefusedError,
     sequence_length,
 )
+from s2w.learner.metrics import DIVERGENCE
 from s2w.learner.signal_bias import SignalSums
 from s2w.learner.signals import Fetched, HiddenParts, SignalStream, fetch, first_flaw, joined
 from s2w.learner.student_model import StudentModel, Tokens, load_student
+from s2w.models.head import Head, load_head
+from s2w.models.shards import write_weights
+from s2w.objectives import TokenBatch, TokenLoss
+from s2w.objectives.divergences import Divergence, divergence_of
+from s2w.objectives.kernel import HiddenRows, SampledRows, SparseRows, TeacherRows
 from s2w.records import Scored
-from s2w.teacher.head import load_head
-from s2w.weights.names import CheckpointStream
-from s2w.weights.transfer import create_transfer
+from s2w.teacher.routing import REFERENCE
+from s2w.weights.stream import CheckpointStream
+from s2w.weights.transfer import Update, create_transfer
 
 _RANKS = "ranks"
 """DeepSpeed's tag: the directory with the files of every rank."""
@@ -123,8 +127,7 @@ class LearnerRank:
         self.lm = load_student(self.student_path, getattr(torch, spec.dtype), learner.attention, zero3)
         if learner.activation_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
-        divergence = make_divergence(spec.loss.divergence, beta=spec.loss.beta, alpha=spec.loss.alpha)
-        model = StudentModel(self.lm, spec.loss, divergence, spec.vocab_size)
+        model = StudentModel(self.lm, spec.loss, divergence_of(spec.loss), spec.vocab_size)
 
         optimizer = torch.optim.AdamW(
             parameter_groups(self.lm, learner.weight_decay),
@@ -141,7 +144,7 @@ class LearnerRank:
             norm_in_pieces(self.engine.optimizer)
 
         self.teacher_heads: dict[str, Head] = {}
-        if spec.signal == "hidden" and spec.loss.objective is Objective.divergence:
+        if spec.signal == "hidden" and spec.objective.signals:
             for name in spec.teachers:
                 self._teacher_head(name)
         stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
@@ -176,32 +179,36 @@ class LearnerRank:
             group["lr"] = learning_rate
         stream = signal_stream(work)
         # DeepSpeed averages gradients over ranks: world undoes that.
-        row_weight = self.world / global_tokens
-        loss = torch.zeros((), device=self.device)
-        statistics: list[torch.Tensor] = []
+        token_weight = self.world / global_tokens
+        loss_sum = torch.zeros((), device=self.device)
+        metrics: list[dict[str, torch.Tensor]] = []
         bias: dict[str, SignalSums] = {}
-        lost: str | None = None
+        refusal: StepRefusedError | None = None
         for item, signals in zip(work, stream, strict=True):
             tokens = pack(item.samples).to(self.device)
             if signals is not None and signals.error is not None:
-                lost = lost or signals.error
+                refusal = refusal or SignalLostError(signals.error)
             if not item.weighted or (signals is not None and signals.error is not None):
                 output = self.engine(tokens)
             else:
-                teacher = self._teacher_rows(item.samples, signals)
-                weights = self._rows(item.samples, [row_weight * sample.weight for sample in item.samples])
-                policy = self._policy_rows(item.samples, row_weight)
-                output = self.engine(tokens, teacher, weights, policy, measure_bias=measure_bias and not statistics)
+                loss = self.spec.objective.loss(self._token_batch(item.samples, signals, token_weight))
+                output = self.engine(tokens, loss, measure_bias=measure_bias and not metrics)
                 bias |= output.get("signal_bias", {})
-                loss += output["loss"].detach()
-                statistics.append(torch.stack([output[name] for name in STATISTICS]))
+                loss_sum += output["loss"].detach()
+                metrics.append(output["metrics"])
             self.engine.backward(output["loss"], scale_wrt_gas=False)
 
         weighted = [item for item in work if item.weighted]
-        sums = np.zeros((0, len(STATISTICS)))
-        if lost is None and weighted:
-            sums = sample_sums([s for item in weighted for s in item.samples], torch.cat(statistics, 1))
-        self._agree_to_go_on(step, weighted, sums, lost)
+        sums: dict[str, np.ndarray] = {}
+        if refusal is None and weighted:
+            samples = [sample for item in weighted for sample in item.samples]
+            sums = {name: sample_sums(samples, torch.cat([one[name] for one in metrics])) for name in metrics[0]}
+            refusal = self._non_finite(step, weighted, sums[DIVERGENCE.name])
+        try:
+            self._raise_together(refusal)
+        except StepRefusedError:
+            self._drop_gradients()
+            raise
 
         self.engine.step()
         grad_norm = self.unsharded_grad_norm
@@ -216,8 +223,8 @@ class LearnerRank:
                 for sample, flag in zip(item.samples, flags.tolist(), strict=True)
                 if flag and item.weighted
             ]
-        loss_sum = loss.item() / row_weight
-        return RankStep(sums, loss_sum, grad_norm, flawed, stream.nbytes, stream.fetched, stream.waited, bias)
+        total = loss_sum.item() / token_weight
+        return RankStep(sums, total, grad_norm, flawed, stream.nbytes, stream.fetched, stream.waited, bias)
 
     def evaluate(self, work: Sequence[MicroBatchWork], divergences: Sequence[tuple[str, Divergence]]) -> np.ndarray:
         """Sums of divergences over each sample's sampled tokens, without gradient; collective.
@@ -230,23 +237,26 @@ class LearnerRank:
         """
         self.engine.eval()
         sums = [np.zeros((0, len(divergences)))]
-        lost: str | None = None
+        refusal: StepRefusedError | None = None
         stream = signal_stream(work)
         with torch.no_grad():
             for item, signals in zip(work, stream, strict=True):
                 tokens = pack(item.samples).to(self.device)
+                if signals is not None and signals.error is not None:
+                    refusal = refusal or SignalLostError(signals.error)
                 if not item.weighted or (signals is not None and signals.error is not None):
-                    lost = lost or (signals.error if signals is not None else None)
                     self.engine(tokens)
                     continue
-                teacher = self._teacher_rows(item.samples, signals)
-                values = self.engine(tokens, teacher, evaluate=divergences)
-                sums.append(sample_sums(item.samples, torch.stack([values[name] for name, _ in divergences])))
-                lost = lost or self._hidden_flaw(item.samples, sums[-1])
-        if self.spec.loss.objective is Objective.grpo:
+                batch = self._token_batch(item.samples, signals, 1.0)
+                loss = TokenLoss(batch.teacher) if batch.teacher else self.spec.objective.loss(batch)
+                values = self.engine(tokens, loss, evaluate=divergences)
+                columns = [sample_sums(item.samples, values[name]) for name, _ in divergences]
+                sums.append(np.stack(columns, 1))
+                refusal = refusal or self._hidden_flaw(item.samples, sums[-1])
+        if not self.spec.objective.signals:
             # Training asks no teacher: only an evaluation, now and then, needs them.
             self.teacher_heads.clear()
-        self._raise_together(lost)
+        self._raise_together(refusal)
         return np.concatenate(sums)
 
     def teacher_log_probs(self, work: Sequence[MicroBatchWork]) -> list[np.ndarray]:
@@ -255,20 +265,19 @@ class LearnerRank:
         See :meth:`s2w.learner.group.LearnerGroup.teacher_log_probs`.
         """
         result: list[np.ndarray] = []
-        lost: str | None = None
-        stream = signal_stream(work)
-        for item, signals in zip(work, stream, strict=True):
-            if signals is None or signals.error is not None:
-                lost = lost or (signals.error if signals is not None else None)
+        refusal: StepRefusedError | None = None
+        for item, signals in zip(work, signal_stream(work), strict=True):
+            if signals is None:
                 continue
-            ids, _ = self._sampled(item.samples)
-            teacher = self._teacher_rows(item.samples, signals)
-            assert teacher is not None
-            values = log_probs_at(teacher, ids, self.spec.vocab_size, self.spec.loss.chunk_rows)
-            counts = [len(sample.rollout.sampled_rows) for sample in item.samples]
-            result += [part.numpy() for part in values.float().cpu().split(counts)]
-            lost = lost or self._hidden_flaw(item.samples, sample_sums(item.samples, values[None]))
-        self._raise_together(lost)
+            if signals.error is not None:
+                refusal = refusal or SignalLostError(signals.error)
+                continue
+            batch = self._token_batch(item.samples, signals, 1.0)
+            assert batch.teacher is not None
+            values = log_probs_at(batch.teacher, batch.ids, self.spec.vocab_size, self.spec.loss.chunk_rows)
+            result += [part.numpy() for part in values.float().cpu().split(batch.counts)]
+            refusal = refusal or self._hidden_flaw(item.samples, sample_sums(item.samples, values)[:, None])
+        self._raise_together(refusal)
         return result
 
     def probe(self, token_ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -293,9 +302,17 @@ class LearnerRank:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 yield name, parameter.data
 
-    def send_weights(self, step: str, *args: Any) -> Any:
-        """Calls a method of this rank's :class:`s2w.weights.transfer.Transfer`; collective."""
-        return getattr(self.transfer, step)(*args)
+    def prepare_weights(self, workers: dict[int, int]) -> Update | None:
+        """:meth:`s2w.weights.transfer.Transfer.prepare` of this rank; collective."""
+        return self.transfer.prepare(workers)
+
+    def connect_weights(self) -> None:
+        """:meth:`s2w.weights.transfer.Transfer.connect` of this rank; collective."""
+        self.transfer.connect()
+
+    def send_weights(self) -> None:
+        """:meth:`s2w.weights.transfer.Transfer.send` of this rank; collective."""
+        self.transfer.send()
 
     def save(self, directory: Path) -> None:
         """Writes this rank's part of a checkpoint; rank 0 writes the Hugging Face model; collective."""
@@ -311,7 +328,7 @@ class LearnerRank:
             for name, tensor in self.lm.state_dict(keep_vars=True).items()
             if not isinstance(tensor, nn.Parameter)
         )
-        checkpoint.write_weights(directory, chain(stream, buffers))
+        write_weights(directory, chain(stream, buffers))
         checkpoint.write_texts(directory, self.lm, self.student_path, self.spec.chat_template)
 
     def load(self, directory: Path) -> None:
@@ -326,120 +343,102 @@ class LearnerRank:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"])
 
-    def _teacher_rows(self, samples: Sequence[Scored], signals: Fetched | None) -> TeacherRows | None:
-        """What the teacher says, or stands for, at the sampled tokens; None where only rewards count."""
+    def _token_batch(self, samples: Sequence[Scored], signals: Fetched | None, token_weight: float) -> TokenBatch:
+        """The sampled tokens of a micro-batch, with what its signals say of them."""
+        rollouts = [sample.rollout for sample in samples]
+        ids = np.concatenate([rollout.token_ids[rollout.sampled_rows] for rollout in rollouts])
+        log_probs = np.concatenate([rollout.log_probs[rollout.sampled_rows] for rollout in rollouts])
+        batch = TokenBatch(
+            samples=samples,
+            ids=torch.from_numpy(ids).long().to(self.device),
+            log_probs=torch.from_numpy(log_probs).to(self.device),
+            teacher=None,
+            reference=None,
+            teacher_log_probs=None,
+            token_weight=token_weight,
+        )
         if signals is None:
-            cross_entropy = self.spec.loss.objective is Objective.cross_entropy
-            return SparseRows.certain(self._sampled(samples)[0]) if cross_entropy else None
-        parts = [
-            {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()} for part in signals.parts
-        ]
+            return batch
+        teacher, reference = self._on_device(signals.parts), self._on_device(signals.reference)
+        names = [samples[0].signal.name if samples[0].signal else "", REFERENCE]
+        return replace(
+            batch,
+            teacher=self._teacher_rows(batch, teacher, names[0]) if teacher else None,
+            reference=self._teacher_rows(batch, reference, names[1]) if reference else None,
+            teacher_log_probs=sampled_log_probs(teacher) if self.spec.objective.teacher_log_probs and teacher else None,
+        )
+
+    def _on_device(self, parts: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        return [{name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()} for part in parts]
+
+    def _teacher_rows(self, batch: TokenBatch, parts: Sequence[dict[str, torch.Tensor]], name: str) -> TeacherRows:
+        """What the teacher ``name`` says at the sampled tokens."""
         if self.spec.signal == "hidden":
-            assert samples[0].signal is not None
-            hidden = HiddenParts(parts, getattr(torch, self.spec.dtype))
-            return HiddenRows(hidden, self._teacher_head(samples[0].signal.name))
+            return HiddenRows(HiddenParts(parts, getattr(torch, self.spec.dtype)), self._teacher_head(name))
         signal = joined(parts)
-        match self.spec.signal:
-            case "topk" | "ids":
-                return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
-            case "sampled":
-                ids, log_probs = self._sampled(samples)
-                return SampledRows(
-                    ids,
-                    signal["log_probs"],
-                    log_probs,
-                    importance_limit=self.spec.loss.importance_limit,
-                    discount=self.spec.loss.discount,
-                    sequence_ids=self._rows(samples, range(len(samples))),
-                )
+        if self.spec.signal == "sampled":
+            return SampledRows(
+                batch.ids,
+                signal["log_probs"],
+                batch.log_probs,
+                importance_limit=self.spec.loss.importance_limit,
+                discount=self.spec.loss.discount,
+                sequence_ids=batch.each(range(len(batch.samples))),
+            )
+        return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
 
     def _teacher_head(self, name: str) -> Head:
         """A teacher's head, in the dtype of the products; read when it is first asked for."""
         if name not in self.teacher_heads:
-            reference, revision = self.spec.teachers[name]
-            head = load_head(reference, revision)
-            place = {"device": self.device, "dtype": getattr(torch, self.spec.dtype)}
-            bias = None if head.bias is None else head.bias.to(**place)
-            self.teacher_heads[name] = Head(head.weight.to(**place), bias, head.softcap, head.scale)
+            head = load_head(*self.spec.teachers[name])
+            self.teacher_heads[name] = head.to(self.device, getattr(torch, self.spec.dtype))
         return self.teacher_heads[name]
 
-    def _policy_rows(self, samples: Sequence[Scored], row_weight: float) -> PolicyRows | None:
-        """The policy gradient's rows; None where there is none."""
-        if not (weight := self.spec.reward_weight):
+    def _non_finite(self, step: int, weighted: Sequence[MicroBatchWork], sums: np.ndarray) -> NonFiniteError | None:
+        """Why the step cannot be done, if a sample's divergence is not finite; writes its micro-batch to a file."""
+        samples = [(item, sample) for item in weighted for sample in item.samples]
+        bad = [pair for pair, value in zip(samples, sums, strict=True) if not np.isfinite(value)]
+        if not bad:
             return None
-        ids, log_probs = self._sampled(samples)
-        return PolicyRows(
-            ids,
-            self._rows(samples, [sample.advantage for sample in samples]),
-            log_probs,
-            torch.full_like(log_probs, weight * row_weight),
-            (self.spec.reward.clip_low, self.spec.reward.clip_high),
+        item = bad[0][0]
+        path = self.spec.run_dir / "nonfinite" / f"step_{step:06d}_rank{self.rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "uids": [s.rollout.uid for s in item.samples],
+                "prompts": [s.rollout.prompt.token_ids for s in item.samples],
+                "responses": [s.rollout.token_ids for s in item.samples],
+                "signals": fetch(item.samples).parts if item.samples[0].signal else [],
+            },
+            path,
+        )
+        because = first_flaw(sample for _, sample in bad if sample.signal)
+        uids = ", ".join(sample.rollout.uid for _, sample in bad)
+        return NonFiniteError(
+            f"step {step}: divergence of {uids} is not finite{f' ({because})' if because else ''}, see {path}"
         )
 
-    def _sampled(self, samples: Sequence[Scored]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sampled tokens, int64 [N], and their log-probs when they were sampled, float32 [N]."""
-        rollouts = [sample.rollout for sample in samples]
-        ids = np.concatenate([rollout.token_ids[rollout.sampled_rows] for rollout in rollouts])
-        log_probs = np.concatenate([rollout.log_probs[rollout.sampled_rows] for rollout in rollouts])
-        return torch.from_numpy(ids).long().to(self.device), torch.from_numpy(log_probs).to(self.device)
-
-    def _rows(self, samples: Sequence[Scored], values: Sequence[float]) -> torch.Tensor:
-        """A value of each sample at each of its sampled tokens, float32 [N]."""
-        counts = [len(sample.rollout.sampled_rows) for sample in samples]
-        return torch.from_numpy(np.repeat(np.asarray(values, np.float32), counts)).to(self.device)
-
-    def _agree_to_go_on(
-        self, step: int, weighted: Sequence[MicroBatchWork], sums: np.ndarray, lost: str | None
-    ) -> None:
-        """Raises on all ranks if one of them cannot go on, after dropping the gradients."""
-        samples = [(item, sample) for item in weighted for sample in item.samples]
-        bad = [
-            (item, sample)
-            for (item, sample), row in zip(samples, sums, strict=False)
-            if not np.isfinite(row[STATISTICS.index("values")])
-        ]
-        message = lost
-        if lost is None and bad:
-            item = bad[0][0]
-            path = self.spec.run_dir / "nonfinite" / f"step_{step:06d}_rank{self.rank}.pt"
-            because = first_flaw(sample for _, sample in bad if sample.signal)
-            uids = ", ".join(sample.rollout.uid for _, sample in bad)
-            message = f"step {step}: divergence of {uids} is not finite{f' ({because})' if because else ''}, see {path}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {
-                    "uids": [s.rollout.uid for s in item.samples],
-                    "prompts": [s.rollout.prompt.token_ids for s in item.samples],
-                    "responses": [s.rollout.token_ids for s in item.samples],
-                    "signals": fetch(item.samples).parts if item.samples[0].signal else [],
-                },
-                path,
-            )
-        try:
-            self._raise_together(message)
-        except StepRefusedError:
-            self._drop_gradients()
-            raise
-
-    def _hidden_flaw(self, samples: Sequence[Scored], sums: np.ndarray) -> str | None:
-        """What is wrong with the hidden rows of the first sample whose ``sums`` are not finite.
+    def _hidden_flaw(self, samples: Sequence[Scored], sums: np.ndarray) -> StepRefusedError | None:
+        """What is wrong with the hidden states of the first sample whose ``sums`` [samples, k] are not finite.
 
         Signals of other kinds are checked where they are made, and leave NaN what they cannot know.
         """
         if self.spec.signal != "hidden":
             return None
-        return first_flaw(s for s, row in zip(samples, sums, strict=True) if not np.isfinite(row).all())
+        flaw = first_flaw(s for s, row in zip(samples, sums, strict=True) if not np.isfinite(row).all())
+        return NonFiniteError(flaw) if flaw else None
 
-    def _raise_together(self, message: str | None) -> None:
-        """Raises the messages of all ranks on every rank; one small all-reduce if there are none."""
-        flag = torch.tensor(message is not None, dtype=torch.int32, device=self.device)
+    def _raise_together(self, refusal: StepRefusedError | None) -> None:
+        """Raises the refusals of all ranks on every rank, as one; one small all-reduce if there are none."""
+        flag = torch.tensor(refusal is not None, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(flag, ReduceOp.MAX)
         if not flag.item():
             return
-        gathered: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(gathered, message)
-        errors = [m for m in gathered if m is not None]
-        raise (NonFiniteError if any("not finite" in e for e in errors) else SignalLostError)("; ".join(errors))
+        gathered: list[StepRefusedError | None] = [None] * self.world
+        torch.distributed.all_gather_object(gathered, refusal)
+        refusals = [one for one in gathered if one is not None]
+        kind = NonFiniteError if any(isinstance(one, NonFiniteError) for one in refusals) else SignalLostError
+        raise kind("; ".join(map(str, refusals)))
 
     def _drop_gradients(self) -> None:
         """Forgets what the backward passes of an unfinished step accumulated."""
@@ -544,6 +543,12 @@ def signal_stream(work: Sequence[MicroBatchWork]) -> SignalStream:
     return SignalStream(wanted)
 
 
+def sampled_log_probs(parts: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """float32 [N]: the teacher's log-probs of the sampled tokens, which an objective has asked for."""
+    name = "sampled" if "sampled" in parts[0] else "log_probs"
+    return torch.cat([part[name] for part in parts])
+
+
 @torch.no_grad()
 def log_probs_at(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk_rows: int) -> torch.Tensor:
     """What ``teacher`` says of the tokens ``ids`` (int64 [N]): [N] nats, NaN where it says nothing.
@@ -565,7 +570,7 @@ def log_probs_at(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk
     )
 
 
-def sample_sums(samples: Sequence[Scored], statistics: torch.Tensor) -> np.ndarray:
-    """Sums over each sample's sampled tokens, float64 [samples, k], of ``statistics`` [k, all of them in order]."""
+def sample_sums(samples: Sequence[Scored], values: torch.Tensor) -> np.ndarray:
+    """Sums over each sample's sampled tokens, float64 [samples], of ``values`` [all of them in order]."""
     starts = np.cumsum([0, *(len(sample.rollout.sampled_rows) for sample in samples)])[:-1]
-    return np.add.reduceat(statistics.double().cpu().numpy(), starts, axis=1).T
+    return np.add.reduceat(values.double().cpu().numpy(), starts)

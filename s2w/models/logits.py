@@ -1,11 +1,18 @@
-"""Logits in float32 from hidden states and a head in low precision."""
+"""Logits in float32 from hidden states and a head in low precision, and the numbers that stand for the impossible."""
 
 from __future__ import annotations
 
 import torch
 
+LOG_ZERO = -1e30
+"""The log-prob of an impossible token: finite, so that ``0 * (log p - log q)`` is 0 and never NaN."""
 _BLOCK = 16_384
 """CPU: rows of the head that are float32 at a time."""
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits and all that is made of them are computed in: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()

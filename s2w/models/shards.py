@@ -1,16 +1,20 @@
-"""Whether the weight files of a checkpoint are whole, from their headers alone: no weight is read."""
+"""The weight files of a checkpoint: written shard by shard, and seen to be whole from their headers alone."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import Checkpoint
 
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 2**30
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
@@ -35,6 +39,51 @@ def check_weights(checkpoint: Checkpoint) -> None:
         if name not in tensors.get(file, ()):
             lacks = f"the tensor {name!r} is not in it" if file in tensors else "there is no such file"
             raise ConfigError(f"{str(index)!r} names {file!r}, but {lacks}: copy or fetch the checkpoint again")
+
+
+def write_weights(
+    directory: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes safetensors as ``save_pretrained`` lays them out, holding one shard in memory.
+
+    Args:
+        tensors: names of the checkpoint and tensors, each valid until the next is asked for.
+        max_shard_bytes: a larger single tensor is a shard of its own.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total_bytes = total_parameters = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        path = directory / f"shard-{len(shards)}.partial"
+        save_file(pending, path, metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+        pending.clear()
+        pending_bytes = 0
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+        total_parameters += tensor.numel()
+    flush()
+
+    if len(shards) == 1:
+        shards[0][0].rename(directory / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {
+        "metadata": {"total_parameters": total_parameters, "total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _tensor_names(file: Path) -> set[str]:

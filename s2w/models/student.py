@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from s2w.config import StudentConfig, StudentInit
+from s2w.config.schema import StudentConfig
 from s2w.errors import ConfigError
-from s2w.learner.checkpoint import write_weights
 from s2w.models.checkpoint import TEXT_FILES, ModelReference, read_checkpoint, resolve_path
+from s2w.models.shards import write_weights
 from s2w.models.tokenizers import token_count
 
 RECORD_FILE = "made_from"
@@ -43,13 +43,13 @@ def materialise_student(student: StudentConfig, directory: Path, seed: int) -> P
     Raises:
         ConfigError: the model cannot be found, a setting does not fit it, or ``directory`` holds something else.
     """
-    if student.init is StudentInit.checkpoint:
+    if student.init == "checkpoint":
         return resolve_path(student.model, student.revision, weights=True)
     overrides = student.overrides
     if isinstance(overrides, DictConfig):
         overrides = OmegaConf.to_container(overrides, resolve=True)
-    record: dict[str, Any] = {"init": student.init.value, "model": student.model, "revision": student.revision}
-    if student.init is StudentInit.pruned:
+    record: dict[str, Any] = {"init": student.init, "model": student.model, "revision": student.revision}
+    if student.init == "pruned":
         record["keep_layers"] = student.keep_layers
     else:
         record |= {"overrides": overrides, "seed": seed}
@@ -63,7 +63,7 @@ def materialise_student(student: StudentConfig, directory: Path, seed: int) -> P
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        if student.init is StudentInit.pruned:
+        if student.init == "pruned":
             _write_pruned(student, partial)
         else:
             _write_fresh(student, overrides, partial, seed)
@@ -81,7 +81,7 @@ def student_reference(student: StudentConfig, directory: Path, seed: int) -> Mod
     Raises:
         ConfigError: as there.
     """
-    if student.init is StudentInit.checkpoint:
+    if student.init == "checkpoint":
         return ModelReference.of(student.model, student.revision)
     return ModelReference.of(str(materialise_student(student, directory, seed)))
 

@@ -1,5 +1,5 @@
 """What a run leaves behind: metrics.jsonl, heldout.jsonl of each phase, held-out responses, TensorBoard, W&B,
-summary.json."""
+metric_definitions.json, summary.json."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from s2w.metric import definitions
 from s2w.observe import jsonl
-from s2w.records import Heldout, HeldoutResponse, HeldoutSample, OffPolicyHeldout, OffPolicyReport, StepReport
+from s2w.records import Heldout, HeldoutResponse, HeldoutSample, OffPolicyHeldout
+
+DEFINITIONS = "metric_definitions.json"
+"""What the metrics of the run are (:mod:`s2w.metric`), for whoever reads it."""
 
 
 class Recorder:
@@ -51,6 +55,7 @@ class Recorder:
         evaluated = {line["version"] for line in jsonl.read(self.heldout_lines)}
         for path in (self.response_lines, self.sample_lines):
             jsonl.keep(path, lambda line: line["version"] in evaluated)
+        (directory / DEFINITIONS).write_text(json.dumps(definitions(), indent=2) + "\n")
         self._tensorboard, self._first_steps = tensorboard, {name: count + 1 for name, count in done.items()}
         self._writers: dict[str, Any] = {}
         self._wandb = None
@@ -62,11 +67,10 @@ class Recorder:
             self._wandb.define_metric("*", step_metric="step")
             self._wandb.define_metric("off_policy/*", step_metric="off_policy/step")
 
-    def step(self, report: StepReport) -> None:
-        """Adds the line of one step."""
-        line = asdict(report)
+    def step(self, line: dict[str, Any]) -> None:
+        """Adds the line of one step of either phase, see :mod:`s2w.observe.step_report`."""
         jsonl.append(self.metrics, [line])
-        self._scalars(line, report.step)
+        self._scalars(line, line["step"], line["phase"])
 
     def heldout(self, result: Heldout, responses: Iterable[HeldoutResponse], samples: Iterable[HeldoutSample]) -> None:
         """Adds one held-out evaluation, and its responses: all in figures, some in full."""
@@ -76,12 +80,6 @@ class Recorder:
         line = asdict(result)
         jsonl.append(self.heldout_lines, [line])
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
-
-    def off_policy_step(self, report: OffPolicyReport) -> None:
-        """Adds the line of one step of the off-policy phase."""
-        line = asdict(report)
-        jsonl.append(self.metrics, [line])
-        self._scalars(line, report.step, "off_policy")
 
     def off_policy_heldout(self, result: OffPolicyHeldout) -> None:
         """Adds one held-out evaluation of the off-policy phase."""

@@ -1,19 +1,77 @@
-"""Turns what the parts report about a step into its :class:`~s2w.records.StepReport`, and keeps the run's totals."""
+"""The line of a step: what the parts report about it, metric by metric; and the run's totals."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from s2w.eval.grading import Graded
+from s2w.eval.grading import RESPONSE_LENGTH, Graded
 from s2w.eval.report import mode_scores
 from s2w.learner.group import LearnerStep
+from s2w.learner.metrics import GRAD_NORM, LEARNING_RATE, LEFT_OUT, LOSS, SKIPPED
+from s2w.metric import define
 from s2w.observe.timeline import Stage, Timeline, merge, seconds
-from s2w.records import Scored, StepReport
+from s2w.records import Scored
 from s2w.weights.probe import ProbeResult
 from s2w.weights.publish import SwapReport
+
+PROMPTS = define("prompts", "1", "Prompts of the batch.")
+RESPONSE_TOKENS = define("response_tokens", "tokens", "Response tokens of the batch.")
+FINISH = define("finish", "share", "Responses by finish reason.")
+LENGTH_LIMIT = define("length_limit", "tokens", "Longest response that the objective allows in the next batches.")
+STALENESS_MEAN = define("staleness_mean", "versions", "Versions between sampling and training, mean over tokens.")
+STALENESS_MAX = define("staleness_max", "versions", "The same of the oldest token.")
+RATES = define(
+    "tokens_per_second",
+    "tokens/s",
+    "Over the seconds in which a stage was at work. generate: response tokens; score: prompt and response tokens that "
+    "the teacher computed; learn: prompt and response tokens.",
+    column="tok/s gen/score/learn",
+    format=",.0f",
+)
+BUSY = define("busy", "share", "Of the step's wall time, in which a stage was at work.")
+SIGNAL_BYTES = define("signal_bytes_per_token", "bytes/token", "Of the teacher's signals.")
+SIGNAL_SECONDS = define(
+    "signal_seconds",
+    "s",
+    "The signals' way: put (encoded, checked and stored, over all teachers), fetch (taken out and joined, over all "
+    "learner ranks, beside their work), wait (the longest that a rank stood still for one).",
+)
+SIGNAL_BIAS = define(
+    "signal_bias", "nats/token", "In steps of signal.bias_every: what each cheaper signal would have said; else empty."
+)
+SWAP_MS = define(
+    "swap_ms",
+    "ms",
+    "From the pause of the engines to their resumption; NaN if the swap failed.",
+    column="swap ms",
+    format=".0f",
+)
+PROBE_ERROR = define(
+    "probe_error",
+    "nats",
+    "Mean |log-prob difference| between engine and learner after the swap; NaN if it failed.",
+    column="probe",
+    format=".0e",
+)
+EPOCH = define("epoch", "1", "Off-policy: times that each response has been trained on.", column="epoch", format=".2f")
+RESPONSES = define("responses", "1", "Responses of an off-policy update, or of a mode.")
+SECONDS = define("seconds", "s", "Wall time of the step.", column="step s", format=".1f")
+
+Line = dict[str, Any]
+"""A line of metrics.jsonl: ``step``, ``phase``, metrics by name, and ``by_mode``."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When the update and the swap of a step began, ``time.time()``."""
+
+    learning: float
+    swapping: float
 
 
 class StepReporter:
@@ -37,94 +95,94 @@ class StepReporter:
     def finish(
         self,
         step: int,
-        samples: list[Scored],
-        graded: list[Graded],
+        samples: Sequence[Scored],
+        graded: Sequence[Graded],
         update: LearnerStep,
         swapped: tuple[SwapReport, ProbeResult] | None,
-        learning: float,
-        swapping: float,
-    ) -> StepReport:
-        """The report of the step that ends now.
+        times: StepTimes,
+        length_limit: int,
+    ) -> Line:
+        """The line of the on-policy step that ends now.
 
         Args:
             step: updates done, this one included.
-            samples: the batch that was learned.
+            samples: the batch that was trained on.
             graded: its answers, in the same order.
             swapped: how the swap went; None if it failed.
-            learning, swapping: when the update and the swap began, ``time.time()``.
+            length_limit: of the responses of the next batches.
         """
         now = time.time()
         rollouts = [sample.rollout for sample in samples]
-        lengths = [len(rollout.token_ids) for rollout in rollouts]
-        response = sum(lengths)
+        response = sum(len(rollout.token_ids) for rollout in rollouts)
         # The others are responses of the teacher (loop.off_policy_fraction).
-        written = [rollout for rollout in rollouts if rollout.versions]
-        signals = [sample.signal for sample in samples if sample.signal]
-        prompt = sum(len(rollout.prompt.token_ids) for rollout in rollouts)
-        work = {
-            "generate": (
-                sum(len(rollout.token_ids) for rollout in written),
-                self._worked("generate", [(r.engine, r.started, r.finished) for r in written], step),
-            ),
-            "score": (
-                sum(len(sample.rollout.input_ids) for sample in samples if sample.signal)
-                - sum(signal.cached_tokens for signal in signals),
-                self._worked("score", [(s.teacher, s.started, s.finished) for s in signals], step),
-            ),
-            "learn": (prompt + response, self._worked("learn", [(0, learning, learning + update.seconds)], step)),
-        }
+        own = [rollout for rollout in rollouts if rollout.versions]
+        signals = [signal for sample in samples for signal in (sample.signal, sample.reference) if signal]
+        rates = self._rates(step, samples, update, times)
         pause_ms, probe_error = math.nan, math.nan
         if swapped is not None:
             swap, probe = swapped
             pause_ms, probe_error = swap.pause_ms, probe.mean
-            self._worked("swap", [(0, swapping, swapping + swap.total_ms / 1e3)], step)
+            self._worked("swap", [(0, times.swapping, times.swapping + swap.total_ms / 1e3)], step)
             self._swaps.append((pause_ms, probe_error))
-        for stage, (tokens, spent) in work.items():
-            self._tokens[stage] += tokens
-            self._seconds[stage] += spent
         ages = [(step - 1 - span.version, span.stop - span.start) for r in rollouts for span in r.versions]
-        finish = Counter(rollout.finish_reason for rollout in written)
-        return StepReport(
-            step=step,
-            loss=update.loss,
-            divergence=update.means.divergence,
-            student_entropy=update.means.student_entropy,
-            teacher_entropy=update.means.teacher_entropy,
-            agreement=update.means.agreement,
-            grad_norm=update.grad_norm,
-            learning_rate=update.learning_rate,
-            skipped=int(bool(update.skipped)),
-            prompts=len({rollout.prompt.uid for rollout in rollouts}),
-            response_tokens=response,
-            response_length=sum(len(rollout.token_ids) for rollout in written) / len(written),
-            finish={reason: count / len(written) for reason, count in sorted(finish.items())},
-            staleness_mean=sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
-            staleness_max=max(age for age, _ in ages),
-            tokens_per_second={stage: tokens / spent if spent else 0.0 for stage, (tokens, spent) in work.items()},
-            busy=self.timeline.busy(self._began, now),
-            signal_bytes_per_token=sum(signal.nbytes for signal in signals) / response,
-            signal_seconds={
-                "put": sum(sample.signal.put_seconds for sample in samples if sample.signal is not None),
+        finish = Counter(rollout.finish_reason for rollout in own)
+        return {
+            "step": step,
+            **update_metrics(update),
+            LEFT_OUT.name: update.left_out,
+            PROMPTS.name: len({rollout.prompt.uid for rollout in rollouts}),
+            RESPONSE_TOKENS.name: response,
+            RESPONSE_LENGTH.name: sum(len(rollout.token_ids) for rollout in own) / len(own),
+            LENGTH_LIMIT.name: length_limit,
+            FINISH.name: {reason: count / len(own) for reason, count in sorted(finish.items())},
+            STALENESS_MEAN.name: sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
+            STALENESS_MAX.name: max(age for age, _ in ages),
+            RATES.name: rates,
+            BUSY.name: self.timeline.busy(self._began, now),
+            SIGNAL_BYTES.name: sum(signal.nbytes for signal in signals) / response,
+            SIGNAL_SECONDS.name: {
+                "put": sum(signal.put_seconds for signal in signals),
                 "fetch": update.fetch_seconds,
                 "wait": update.wait_seconds,
             },
-            signal_bias=update.signal_bias,
-            swap_ms=pause_ms,
-            probe_error=probe_error,
-            seconds=now - self._began,
-            by_mode=_by_mode(samples, graded, update),
-        )
+            SIGNAL_BIAS.name: update.signal_bias,
+            SWAP_MS.name: pause_ms,
+            PROBE_ERROR.name: probe_error,
+            SECONDS.name: now - self._began,
+            "by_mode": _by_mode(samples, graded, update),
+            "phase": "on_policy",
+        }
 
     def totals(self) -> dict[str, Any]:
         """``tokens_per_second`` by stage, ``swap_ms`` (median) and ``probe_error`` (largest) over the steps so far."""
         pauses = sorted(pause for pause, _ in self._swaps)
         return {
-            "tokens_per_second": {
-                stage: self._tokens[stage] / spent for stage, spent in self._seconds.items() if spent
-            },
-            "swap_ms": pauses[len(pauses) // 2] if pauses else None,
-            "probe_error": max((error for _, error in self._swaps), default=None),
+            RATES.name: {stage: self._tokens[stage] / spent for stage, spent in self._seconds.items() if spent},
+            SWAP_MS.name: pauses[len(pauses) // 2] if pauses else None,
+            PROBE_ERROR.name: max((error for _, error in self._swaps), default=None),
         }
+
+    def _rates(self, step: int, samples: Sequence[Scored], update: LearnerStep, times: StepTimes) -> dict[str, float]:
+        """Tokens a second by stage."""
+        own = [sample.rollout for sample in samples if sample.rollout.versions]
+        scored = [
+            (sample.rollout, signal) for sample in samples for signal in (sample.signal, sample.reference) if signal
+        ]
+        tokens = {
+            "generate": sum(len(rollout.token_ids) for rollout in own),
+            "score": sum(len(rollout.input_ids) - signal.cached_tokens for rollout, signal in scored),
+            "learn": sum(len(sample.rollout.input_ids) for sample in samples),
+        }
+        work: dict[Stage, list[tuple[int, float, float]]] = {
+            "generate": [(rollout.engine, rollout.started, rollout.finished) for rollout in own],
+            "score": [(signal.teacher, signal.started, signal.finished) for _, signal in scored],
+            "learn": [(0, times.learning, times.learning + update.seconds)],
+        }
+        spent = {stage: self._worked(stage, intervals, step) for stage, intervals in work.items()}
+        for stage, duration in spent.items():
+            self._tokens[stage] += tokens[stage]
+            self._seconds[stage] += duration
+        return {stage: tokens[stage] / duration if duration else 0.0 for stage, duration in spent.items()}
 
     def _worked(self, stage: Stage, intervals: list[tuple[int, float, float]], step: int) -> float:
         """Seconds in which at least one actor of the stage worked for this step."""
@@ -137,19 +195,42 @@ class StepReporter:
         return seconds(merge(merged))
 
 
-def _by_mode(samples: list[Scored], graded: list[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
-    """``StepReport.by_mode``: what the learner saw of each mode, and what its responses are worth."""
+def off_policy_line(step: int, samples: Sequence[Scored], update: LearnerStep, *, epoch: float, spent: float) -> Line:
+    """The line of an off-policy step.
+
+    Args:
+        epoch: times that each response has been trained on.
+        spent: wall time of the step, seconds.
+    """
+    tokens = sum(len(sample.rollout.input_ids) for sample in samples)
+    return {
+        "step": step,
+        EPOCH.name: epoch,
+        **update_metrics(update),
+        RESPONSES.name: len(samples),
+        RESPONSE_TOKENS.name: update.tokens,
+        RATES.name: {"learn": tokens / update.seconds},
+        SECONDS.name: spent,
+        "phase": "off_policy",
+    }
+
+
+def update_metrics(update: LearnerStep) -> Line:
+    """What an update says of itself, by metric."""
+    return {
+        LOSS.name: update.loss,
+        **update.metrics,
+        GRAD_NORM.name: update.grad_norm,
+        LEARNING_RATE.name: update.learning_rate,
+        SKIPPED.name: int(bool(update.skipped)),
+    }
+
+
+def _by_mode(samples: Sequence[Scored], graded: Sequence[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
+    """By mode, of the responses that the student wrote: what the learner saw of them, and what they are worth."""
     own = [one for sample, one in zip(samples, graded, strict=True) if sample.rollout.versions]
     result: dict[str, dict[str, float]] = {}
     for mode, scores in mode_scores(own).items():
-        means = update.by_mode[mode]
-        result[mode] = {
-            "responses": scores["prompts"],
-            "divergence": means.divergence,
-            "student_entropy": means.student_entropy,
-            "teacher_entropy": means.teacher_entropy,
-        }
-        for name in ("response_length", "truncated", "obedience", "accuracy"):
-            if name in scores:
-                result[mode][name] = scores[name]
+        responses = {RESPONSES.name: scores.pop("prompts")}
+        result[mode] = {**responses, **update.by_mode.get(mode, {}), **scores}
     return result

@@ -16,14 +16,14 @@ from s2w.eval.statistics import (
 from s2w.records import Heldout, HeldoutResponse, Mode
 from s2w.report.run import Run
 
-Metric = Literal["forward_kl", "reverse_kl", "accuracy", "obedience", "truncated", "response_length"]
+Metric = Literal["forward_kl", "reverse_kl", "accuracy", "mode_adherence", "truncated", "response_length"]
 KL: tuple[Metric, ...] = ("forward_kl", "reverse_kl")
-SHARES: tuple[Metric, ...] = ("accuracy", "obedience", "truncated")
+SHARES: tuple[Metric, ...] = ("accuracy", "mode_adherence", "truncated")
 SEED = 0
 """Of the bootstrap: a report of the same run is the same."""
 _SHARE_OF: dict[Metric, Callable[[HeldoutResponse], bool | None]] = {
     "accuracy": lambda response: response.correct,
-    "obedience": lambda response: response.obedient,
+    "mode_adherence": lambda response: response.adherent,
     "truncated": lambda response: response.truncated,
 }
 
@@ -46,7 +46,7 @@ class Comparison:
         """Whether the interval of the change is on one side of 0, and on which."""
         if self.change is None or not (self.change.low > 0 or self.change.high < 0):
             return "unclear"
-        rises_when_better = self.metric in ("accuracy", "obedience")
+        rises_when_better = self.metric in ("accuracy", "mode_adherence")
         return "better" if (self.change.low > 0) == rises_when_better else "worse"
 
 

@@ -109,11 +109,11 @@ def kl_picture(run: Run) -> Picture | None:
 
 
 def quality_picture(run: Run) -> Picture | None:
-    """Accuracy, obedience and truncation by mode over policy versions; None if no mode was ever graded."""
+    """Accuracy, mode adherence and truncation by mode over policy versions; None if no mode was ever graded."""
     graded = run.heldout_by_mode
     labels: dict[Metric, str] = {
         "accuracy": "accuracy (pass@1)",
-        "obedience": "obedience to the mode",
+        "mode_adherence": "mode adherence",
         "truncated": "cut off at the token limit",
     }
     known = [
@@ -143,7 +143,7 @@ def quality_picture(run: Run) -> Picture | None:
     caption = "Held-out prompts; faint lines are the training batches."
     if run.responses:
         caption += " Bars are 95 % Wilson intervals over prompts."
-    return _picture("quality", "Accuracy and obedience", caption, figure)
+    return _picture("quality", "Accuracy and mode adherence", caption, figure)
 
 
 def training_picture(run: Run) -> Picture | None:

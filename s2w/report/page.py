@@ -11,14 +11,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from s2w.errors import ConfigError
 from s2w.eval.statistics import Estimate
-from s2w.modes import THINK_CLOSE
-from s2w.off_policy.filters import FILTERS
+from s2w.models.modes import THINK_CLOSE
 from s2w.records import HeldoutSample, Mode
 from s2w.report.comparison import Metric, compare
 from s2w.report.figures import Picture, draw
 from s2w.report.lanes import Lanes, make_lanes
 from s2w.report.run import Run, read_run, series
 from s2w.report.verdict import NAMES, duration, headline, number, remarks
+from s2w.teacher_data.filters import FILTERS
 
 DIRECTORY = "report"
 """Where a report goes, in the run directory."""

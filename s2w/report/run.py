@@ -51,7 +51,7 @@ class Run:
     samples: list[HeldoutSample]
     off_policy_heldout: list[OffPolicyHeldout]
     filters: dict[str, Any] | None
-    """:meth:`s2w.off_policy.filters.Filtered.table`."""
+    """:meth:`s2w.teacher_data.filters.Filtered.table`."""
     timeline: list[Work]
     wall_seconds: float | None
     """From the last start of the run to its end; None if it never came to one."""

@@ -13,12 +13,12 @@ from s2w.report.comparison import KL, Comparison, Metric
 from s2w.report.run import Run, series
 
 TRUNCATED, OBEDIENT = 0.1, 0.9
-"""More responses cut off than this, or fewer obedient ones, are worth a remark."""
+"""More responses cut off than this, or fewer that keep to their mode, are worth a remark."""
 NAMES: dict[Metric, str] = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
     "accuracy": "accuracy",
-    "obedience": "obedience",
+    "mode_adherence": "mode_adherence",
     "truncated": "cut off at the token limit",
     "response_length": "response length",
 }
@@ -60,7 +60,7 @@ def remarks(run: Run, comparisons: Sequence[Comparison]) -> list[Remark]:
         last = line.after or line.before
         if line.metric == "truncated" and last.value > TRUNCATED:
             lines.append(Remark("warning", f"{last.value:.0%} of the {line.mode} responses hit the token limit."))
-        if line.metric == "obedience" and last.value < OBEDIENT:
+        if line.metric == "mode_adherence" and last.value < OBEDIENT:
             lines.append(Remark("warning", f"Only {last.value:.0%} of the {line.mode} responses keep to their mode."))
     return lines
 

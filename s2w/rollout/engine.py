@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from s2w.config import RolloutConfig
+from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death
+from s2w.config.schema import RolloutConfig
 from s2w.data.tasks import derive_seed
 from s2w.errors import RequestRefusedError
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Prompt, Rollout, VersionSpan
+from s2w.records import Request, Rollout, VersionSpan
 from s2w.rollout.thinking import ThinkingStop
-from s2w.vllm_actor import fail_with_engine_core, prepare_process, telling_engine_death
-from s2w.weights.publish import ReceiveStep
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -55,8 +54,7 @@ def _inserted(token_ids: np.ndarray, candidates: int) -> _Part:
 class _Draft:
     """A response under way."""
 
-    prompt: Prompt
-    sample: int
+    request: Request
     limit: int
     """Its longest length, in tokens."""
     budget: int | None
@@ -134,8 +132,8 @@ class RolloutEngine:
         from vllm.config import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from s2w.vocabulary_mask import engine_option
-        from s2w.weights.publish import WeightReceiver
+        from s2w.actors.vocabulary_mask import engine_option
+        from s2w.weights.publish import EngineWeights
         from s2w.weights.transfer import TRANSFERS
 
         batched = config.max_batched_tokens
@@ -168,7 +166,7 @@ class RolloutEngine:
                 **options,
             )
         )
-        self.weights = WeightReceiver(self.llm)
+        self.weights = EngineWeights(self.llm)
         self._requests = count()
 
     async def start(self, version: int) -> None:
@@ -182,44 +180,42 @@ class RolloutEngine:
         """Closes think blocks when the thinking budget is spent."""
         return ThinkingStop(self.config.stop_thinking, self.llm.get_tokenizer())  # type: ignore[arg-type]
 
-    async def generate(self, prompt: Prompt, sample: int, thinking_budget: int | None = None) -> Rollout:
-        """Samples response ``sample`` of ``prompt`` with seed ``prompt.seed + sample``.
-
-        Args:
-            thinking_budget: for a prompt in think mode, response tokens after which an open think block is closed;
-                None takes the pool's setting. One that leaves no room for an answer does nothing.
+    async def generate(self, request: Request) -> Rollout:
+        """Samples a response.
 
         Raises:
             RequestRefusedError: vLLM does not take the request.
         """
-        draft = self._draft(prompt, sample, thinking_budget)
+        draft = self._draft(request)
         with telling_engine_death(self.llm):
             await self._extend(draft)
             if draft.unfinished:
                 await self._extend(draft)
         return self._rollout(draft)
 
-    async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
-        """Samples all ``(prompt, sample)`` in batches whose composition is the same in every run; errors as above."""
-        drafts = [self._draft(prompt, sample, None) for prompt, sample in requests]
+    async def generate_batch(self, requests: list[Request]) -> list[Rollout]:
+        """Samples all of them in batches whose composition is the same in every run; errors as above."""
+        drafts = [self._draft(request) for request in requests]
         with telling_engine_death(self.llm):
             await self._extend_together(drafts)
             if unfinished := [draft for draft in drafts if draft.unfinished]:
                 await self._extend_together(unfinished)
         return [self._rollout(draft) for draft in drafts]
 
-    def _draft(self, prompt: Prompt, sample: int, thinking_budget: int | None) -> _Draft:
-        limit = min(self.config.max_tokens, self.max_model_len - len(prompt.token_ids))
-        budget = self.config.thinking_budget if thinking_budget is None else thinking_budget
+    def _draft(self, request: Request) -> _Draft:
+        prompt, config = request.prompt, self.config
+        longest = config.max_tokens if request.max_tokens is None else min(request.max_tokens, config.max_tokens)
+        limit = min(longest, self.max_model_len - len(prompt.token_ids))
+        budget = config.thinking_budget if request.thinking_budget is None else request.thinking_budget
         if prompt.mode != "think" or (budget is not None and budget >= limit):
             budget = None
         if budget is not None and budget + len(self.thinking_stop.token_ids) >= limit:
             budget = None
-        return _Draft(prompt, sample, limit, budget, started=time.time())
+        return _Draft(request, limit, budget, started=time.time())
 
     async def _extend(self, draft: _Draft) -> None:
         """One request: the response up to its thinking budget, or what follows it."""
-        seed = draft.prompt.seed + draft.sample
+        seed = draft.request.prompt.seed + draft.request.sample
         if draft.parts:
             # The generator starts anew: the same seed would draw the same numbers again.
             seed = derive_seed("after the thinking budget", seed)
@@ -254,7 +250,7 @@ class RolloutEngine:
             completion = await self._complete(draft, parameters)
         except (VLLMClientError, ValueError) as error:
             raise RequestRefusedError(
-                f"rollout engine {self.index} does not take prompt {draft.prompt.uid!r}, sample {draft.sample}: {error}"
+                f"rollout engine {self.index} does not take {draft.request.uid!r}: {error}"
             ) from error
         flat = completion.logprobs
         assert isinstance(flat, FlatLogprobs) and completion.weight_versions
@@ -275,11 +271,11 @@ class RolloutEngine:
         Raises:
             RuntimeError: it gave it up :data:`ATTEMPTS` times.
         """
-        uid = f"{draft.prompt.uid}#{draft.sample}"
-        ids = np.concatenate([draft.prompt.token_ids, draft.token_ids]).tolist()
+        uid = draft.request.uid
+        ids = np.concatenate([draft.request.prompt.token_ids, draft.token_ids]).tolist()
         for _ in range(ATTEMPTS):
-            request = f"{uid}/{next(self._requests)}"
-            [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, request)]
+            name = f"{uid}/{next(self._requests)}"
+            [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, name)]
             completion = output.outputs[0]
             # Not "abort" or "error": such a response would pass for a whole one.
             if completion.finish_reason in ("stop", "length"):
@@ -315,8 +311,8 @@ class RolloutEngine:
     def _rollout(self, draft: _Draft) -> Rollout:
         candidates = np.concatenate([part.candidates for part in draft.parts])
         return Rollout(
-            prompt=draft.prompt,
-            sample=draft.sample,
+            prompt=draft.request.prompt,
+            sample=draft.request.sample,
             token_ids=draft.token_ids,
             log_probs=np.concatenate([part.log_probs for part in draft.parts]),
             versions=draft.versions(),
@@ -328,10 +324,26 @@ class RolloutEngine:
             forced=draft.forced(),
         )
 
-    async def receive_weights(self, step: ReceiveStep, *args: Any) -> None:
-        """One step of a swap, see :class:`s2w.weights.publish.WeightReceiver`."""
+    async def connect_weights(self, info: dict[str, Any]) -> None:
+        """A step of a swap, see :class:`s2w.weights.publish.EngineWeights`, as the next four."""
         with telling_engine_death(self.llm):
-            await getattr(self.weights, step)(*args)
+            await self.weights.connect(info)
+
+    async def pause(self) -> None:
+        with telling_engine_death(self.llm):
+            await self.weights.pause()
+
+    async def load_weights(self, info: dict[str, Any]) -> None:
+        with telling_engine_death(self.llm):
+            await self.weights.load(info)
+
+    async def finish_weights(self, version: int, probe_ids: np.ndarray | None) -> None:
+        with telling_engine_death(self.llm):
+            await self.weights.finish(version, probe_ids)
+
+    async def resume(self) -> None:
+        with telling_engine_death(self.llm):
+            await self.weights.resume()
 
     async def log_probs(self, token_ids: np.ndarray) -> np.ndarray:
         """float32 [n - 1]: what the engine's weights say of each of the n tokens but the first, in nats."""

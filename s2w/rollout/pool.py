@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
 
-from s2w.config import RolloutConfig
-from s2w.failures import answer
+from s2w.actors.calls import all_up, as_future
+from s2w.actors.failures import answer
+from s2w.actors.vllm import SHUTDOWN_S, actor_options
+from s2w.config.schema import RolloutConfig
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Prompt, Rollout
+from s2w.records import Request, Rollout
 from s2w.rollout.engine import RolloutEngine
-from s2w.vllm_actor import SHUTDOWN_S, actor_options, as_future, first_error
-from s2w.weights.publish import ReceiveStep
 
 
 class RolloutPool:
@@ -55,32 +57,28 @@ class RolloutPool:
         Raises:
             RuntimeError: an engine could not be placed or could not load its model.
         """
-        await first_error("rollout engine", [engine.start.remote(version) for engine in self.engines], timeout_s)
+        await all_up("rollout engine", [engine.start.remote(version) for engine in self.engines], timeout_s)
         self._up = True
 
-    async def generate(self, prompt: Prompt, sample: int, thinking_budget: int | None = None) -> Rollout:
+    async def generate(self, request: Request) -> Rollout:
         """One response, from the engine with the least to do; see :meth:`RolloutEngine.generate`."""
         index = min(range(len(self.engines)), key=self._load.__getitem__)
         self._load[index] += 1
         try:
-            return await answer(_name(index), self.engines[index].generate.remote(prompt, sample, thinking_budget))
+            return await answer(_name(index), self.engines[index].generate.remote(request))
         finally:
             self._load[index] -= 1
 
-    async def generate_batch(self, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
+    async def generate_batch(self, requests: Sequence[Request]) -> list[Rollout]:
         """The responses in the order of ``requests``, bit for bit the same in every run with the same weights."""
         count = len(self.engines)
-        calls = [engine.generate_batch.remote(requests[i::count]) for i, engine in enumerate(self.engines)]
+        calls = [engine.generate_batch.remote(list(requests[i::count])) for i, engine in enumerate(self.engines)]
         shares = await asyncio.gather(*(answer(_name(i), call) for i, call in enumerate(calls)))
         return [shares[i % count][i // count] for i in range(len(requests))]
 
-    def weight_workers(self) -> dict[int, int]:
-        """Worker processes of each engine, by its number."""
-        return dict.fromkeys(range(len(self.engines)), self.workers)
-
-    async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
-        """One step of a swap in one engine."""
-        await self.engines[engine].receive_weights.remote(step, *args)
+    def receivers(self) -> dict[int, RemoteReceiver]:
+        """Each engine as a swap sees it, by its number."""
+        return {number: RemoteReceiver(engine, self.workers) for number, engine in enumerate(self.engines)}
 
     async def log_probs(self, token_ids: np.ndarray) -> list[np.ndarray]:
         """What each engine's weights say of the tokens, see :meth:`RolloutEngine.log_probs`."""
@@ -101,6 +99,29 @@ class RolloutPool:
                     await asyncio.gather(*calls, return_exceptions=True)
         for engine in self.engines:
             ray.kill(engine)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteReceiver:
+    """An engine's actor as a :class:`s2w.weights.publish.WeightReceiver`."""
+
+    actor: Any
+    workers: int
+
+    async def connect(self, info: dict[str, Any]) -> None:
+        await self.actor.connect_weights.remote(info)
+
+    async def pause(self) -> None:
+        await self.actor.pause.remote()
+
+    async def load(self, info: dict[str, Any]) -> None:
+        await self.actor.load_weights.remote(info)
+
+    async def finish(self, version: int, probe_ids: np.ndarray | None) -> None:
+        await self.actor.finish_weights.remote(version, probe_ids)
+
+    async def resume(self) -> None:
+        await self.actor.resume.remote()
 
 
 def _name(engine: int) -> str:

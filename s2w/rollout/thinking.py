@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from s2w.config import RolloutConfig
+from s2w.config.schema import RolloutConfig
 from s2w.errors import ConfigError
-from s2w.modes import THINK_CLOSE, opens_thinking, split_thinking, supported_modes
+from s2w.models.modes import THINK_CLOSE, opens_thinking, split_thinking, supported_modes
 
 
 class ThinkingStop:

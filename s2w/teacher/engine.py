@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import ray
 
-from s2w.config import TeacherConfig
+from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death
+from s2w.config.schema import TeacherConfig
 from s2w.errors import RequestRefusedError
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Rollout, SignalKind, TeacherSignal
+from s2w.records import Rollout, TeacherSignal
 from s2w.teacher.scoring import PREFIX, as_teacher
-from s2w.teacher.signal import HiddenDtype, Payload, SignalRequest, check_finite, encode, nbytes
-from s2w.vllm_actor import fail_with_engine_core, prepare_process, telling_engine_death
+from s2w.teacher.signal import Payload, SignalRequest, check_finite, encode, nbytes
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, PoolingRequestOutput
@@ -29,8 +29,7 @@ class _Job:
     """One rollout on its way through the engine."""
 
     rollout: Rollout
-    kind: SignalKind
-    dtype: HiddenDtype
+    request: SignalRequest
     candidates: np.ndarray | None
     """int32 [rows, k]: ids whose log-probs are wanted."""
     input_ids: list[int]
@@ -77,7 +76,7 @@ class TeacherEngine:
         from vllm.config import PoolerConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from s2w.vocabulary_mask import engine_option
+        from s2w.actors.vocabulary_mask import engine_option
 
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
@@ -204,12 +203,14 @@ class TeacherEngine:
             candidates = np.ascontiguousarray(rollout.token_ids, np.int32)[:, None]
         elif request.kind == "topk" and request.top_k > self._vocab_size:
             raise RequestRefusedError(f"top_k {request.top_k} exceeds the vocabulary of {self._vocab_size}")
+        if request.sampled and request.kind != "sampled":
+            wanted["next"] = np.ascontiguousarray(rollout.token_ids, np.int32).tobytes()
         if candidates is not None:
             wanted |= {"top_k": candidates.shape[1], "ids": candidates.tobytes()}
         # By default vLLM keeps token_embed requests away from the prefix cache.
         params = PoolingParams(task="token_embed", skip_reading_prefix_cache=False, extra_kwargs=wanted)
         # No row is wanted after the last token, so it is not computed.
-        return _Job(rollout, request.kind, request.dtype, candidates, input_ids[:-1].tolist(), params)
+        return _Job(rollout, request, candidates, input_ids[:-1].tolist(), params)
 
     def _check_ids(self, ids: np.ndarray, rollout: Rollout, what: str) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
@@ -251,7 +252,7 @@ class TeacherEngine:
         return await self._store(job, output)
 
     async def _store(self, job: _Job, output: PoolingRequestOutput) -> TeacherSignal:
-        uid, rows = job.rollout.uid, len(job.rollout.token_ids)
+        uid, rows, kind = job.rollout.uid, len(job.rollout.token_ids), job.request.kind
         if output.error is not None:
             raise RuntimeError(f"{uid}: teacher {self._index}: {output.error}")
         data = output.outputs.data
@@ -259,8 +260,8 @@ class TeacherEngine:
             raise RuntimeError(f"{uid}: teacher {self._index} returned {len(data)} rows for {rows} response tokens")
 
         def put() -> tuple[Payload, ray.ObjectRef]:
-            payload = encode(job.kind, data, job.candidates, job.dtype)
-            if job.kind != "hidden":
+            payload = encode(kind, data, job.candidates, job.request.dtype, job.request.sampled)
+            if kind != "hidden":
                 # No NaN and no infinity in hidden rows gets past the loss: a pass over them here would take as long
                 # as half of the copy.
                 check_finite(payload, uid)
@@ -277,7 +278,7 @@ class TeacherEngine:
         self._totals["cached_tokens"] += output.num_cached_tokens
         self._totals["bytes"] += size
         return TeacherSignal(
-            kind=job.kind,
+            kind=kind,
             rows=rows,
             payload=reference,
             nbytes=size,

@@ -10,12 +10,13 @@ from typing import Any
 
 import ray
 
-from s2w.config import SignalConfig, TeacherConfig
-from s2w.failures import PROCESS_DEATHS, reason
+from s2w.actors.calls import all_up, as_future
+from s2w.actors.failures import PROCESS_DEATHS, reason
+from s2w.actors.vllm import SHUTDOWN_S, actor_options
+from s2w.config.schema import SignalConfig, TeacherConfig
 from s2w.records import Rollout, TeacherSignal
 from s2w.teacher.engine import TeacherEngine
 from s2w.teacher.signal import SignalRequest
-from s2w.vllm_actor import SHUTDOWN_S, actor_options, as_future, first_error
 
 REMEMBERED_PROMPTS = 100_000
 """Prompts whose replica is remembered; older ones have left the prefix caches."""
@@ -80,6 +81,7 @@ class TeacherPool:
         signal: What to ask for.
         temperature: Of the loss; the engines apply it (signal kinds other than ``hidden``).
         device, dtype, max_model_len, vocab_size: See :class:`TeacherEngine`.
+        sampled: The log-prob of each sampled token beside the signal.
     """
 
     def __init__(
@@ -92,9 +94,10 @@ class TeacherPool:
         dtype: str,
         max_model_len: int,
         vocab_size: int,
+        sampled: bool = False,
     ) -> None:
         self._config = config
-        self._request = SignalRequest(signal.kind.value, signal.top_k, temperature, signal.dtype.value)
+        self._request = SignalRequest(signal.kind, signal.top_k, temperature, signal.dtype, sampled)
         self._arguments = (device, dtype, max_model_len, vocab_size)
         self._device = device
         self._dispatcher = Dispatcher(config.replicas)
@@ -108,7 +111,7 @@ class TeacherPool:
             RuntimeError: if an engine cannot be placed or cannot load the teacher.
         """
         self._timeout_s = timeout_s
-        facts = await first_error("teacher", [replica.actor.start.remote() for replica in self._replicas], timeout_s)
+        facts = await all_up("teacher", [replica.actor.start.remote() for replica in self._replicas], timeout_s)
         for replica in self._replicas:
             replica.up = True
         return facts[0]
@@ -232,7 +235,7 @@ class TeacherPool:
         await self._end(replica)
         replica.actor = self._create(index)
         try:
-            await first_error("teacher", [replica.actor.start.remote()], self._timeout_s)
+            await all_up("teacher", [replica.actor.start.remote()], self._timeout_s)
         except RuntimeError as error:
             logger.error("teacher %d could not be replaced: %s", index, reason(error))
             replica.error = error

@@ -4,14 +4,17 @@ A request carries, in ``PoolingParams.extra_kwargs``:
 
 - ``start``: first wanted row; rows ``start`` to the end of the input come back, one tensor a request;
 - ``kind``, ``top_k``, ``temperature``: see :mod:`s2w.teacher.signal`;
-- ``ids``: int32 [rows, k] as bytes (kinds ``ids`` and ``sampled``, the latter with k = 1: the next token).
+- ``ids``: int32 [rows, k] as bytes (kinds ``ids`` and ``sampled``, the latter with k = 1: the next token);
+- ``next``: int32 [rows] as bytes, the next tokens, where their log-probs are wanted beside a signal of another kind.
 
 and gets back a tensor of its n rows:
 
 - ``hidden``: [n, d], model dtype;
 - ``topk``: int32 [n, 2 k + 1]: ids, then the bits of float32 log-probs and log tail mass;
 - ``ids``: float32 [n, k + 1]: log-probs, then log tail mass;
-- ``sampled``: float32 [n, 1].
+- ``sampled``: float32 [n, 1];
+
+and with ``next`` a float32 log-prob of the next token behind the others, its bits as numbers of the tensor's dtype.
 
 It runs on every tensor-parallel rank of the last pipeline stage, with the same requests in the same order, so
 collectives are safe; each rank holds the logits of its own vocabulary shard and only [rows, k] is gathered.
@@ -39,12 +42,14 @@ from vllm.tasks import PoolingTask
 from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from s2w.actors.vocabulary_mask import vocabulary_of
 from s2w.models.logits import float32_product
-from s2w.vocabulary_mask import vocabulary_of
 
 LOGITS_BYTES = 128 * 2**20
 """Size of the float32 [rows, vocabulary shard] buffer that a row chunk may fill."""
 
+_NEXT = ("next", 1)
+"""Group of the log-probs of next tokens beside another signal."""
 # vLLM's memory profiling sends no extra_kwargs: it must see the head's peak.
 _PROFILING: dict[str, Any] = {"kind": "topk", "start": 0, "top_k": 64, "temperature": 1.0}
 
@@ -161,8 +166,13 @@ class _Piece:
 
     request: int
     hidden: torch.Tensor
-    temperature: torch.Tensor
+    temperature: float
     ids: torch.Tensor
+
+
+def _ids(given: bytes, columns: int, rows: slice) -> torch.Tensor:
+    """int64 [rows, columns] of a request's int32 ids."""
+    return torch.from_numpy(np.frombuffer(given, np.int32).reshape(-1, columns)[rows].astype(np.int64))
 
 
 class TeacherPooler(Pooler):
@@ -196,18 +206,21 @@ class TeacherPooler(Pooler):
                 pooling_metadata.pooling_states[i].hidden_states_cache.clear()
             if not len(hidden):
                 continue
-            kind = wanted["kind"]
+            kind, temperature = wanted["kind"], wanted["temperature"]
+            here = slice(low - start, end - start)
             if kind == "hidden":
                 rows[i] = hidden.clone()  # the next step writes to the same buffer
-                continue
-            top_k, ids = wanted["top_k"], torch.empty(len(hidden), 0, dtype=torch.int64)
-            if kind != "topk":
-                all_ids = np.frombuffer(wanted["ids"], np.int32).reshape(-1, top_k)
-                ids = torch.from_numpy(all_ids[low - start : end - start].astype(np.int64))
-            temperature = torch.full((len(hidden), 1), wanted["temperature"], dtype=torch.float32)
-            groups.setdefault((kind, top_k), []).append(_Piece(i, hidden, temperature, ids))
+            else:
+                top_k, ids = wanted["top_k"], torch.empty(len(hidden), 0, dtype=torch.int64)
+                if kind != "topk":
+                    ids = _ids(wanted["ids"], top_k, here)
+                groups.setdefault((kind, top_k), []).append(_Piece(i, hidden, temperature, ids))
+            if "next" in wanted:
+                groups.setdefault(_NEXT, []).append(_Piece(i, hidden, temperature, _ids(wanted["next"], 1, here)))
+        beside = self._score("sampled", 1, groups.pop(_NEXT)) if _NEXT in groups else {}
         for (kind, top_k), pieces in groups.items():
             rows |= self._score(kind, top_k, pieces)
+        rows |= {i: torch.cat([rows[i], log_probs.view(rows[i].dtype)], -1) for i, log_probs in beside.items()}
         return [
             self._collect(state.hidden_states_cache, rows.get(i), finished)
             for i, (state, finished) in enumerate(
@@ -218,7 +231,9 @@ class TeacherPooler(Pooler):
     def _score(self, kind: str, top_k: int, pieces: list[_Piece]) -> dict[int, torch.Tensor]:
         """Rows of every piece, by request: one pass over the head for all of them, in row chunks."""
         hidden = torch.cat([piece.hidden for piece in pieces])
-        temperature = torch.cat([piece.temperature for piece in pieces]).to(hidden.device)
+        sizes = [len(piece.hidden) for piece in pieces]
+        temperatures = np.repeat(np.array([piece.temperature for piece in pieces], np.float32), sizes)
+        temperature = torch.from_numpy(temperatures)[:, None].to(hidden.device)
         ids = torch.cat([piece.ids for piece in pieces]).to(hidden.device)
         chunks = []
         for first in range(0, len(hidden), self._chunk_rows):
@@ -229,7 +244,6 @@ class TeacherPooler(Pooler):
             else:
                 log_probs, tail = log_probs_at(self._head, hidden[chunk], temperature[chunk], ids[chunk])
                 chunks.append(log_probs if kind == "sampled" else torch.cat([log_probs, tail], -1))
-        sizes = [len(piece.hidden) for piece in pieces]
         return {piece.request: rows for piece, rows in zip(pieces, torch.cat(chunks).split(sizes), strict=True)}
 
     def _collect(self, parts: list[torch.Tensor], rows: torch.Tensor | None, finished: bool) -> torch.Tensor | None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedTokenizerBase
 
-from s2w.config import Config, TeacherConfig
-from s2w.errors import ConfigError, did_you_mean
-from s2w.hardware import resolve_dtype
+from s2w.actors.hardware import resolve_dtype
+from s2w.config.options import read_options
+from s2w.config.schema import Config, TeacherConfig
+from s2w.errors import ConfigError
+from s2w.models.checkpoint import ModelReference
 from s2w.records import Mode, Prompt, Rollout, TeacherSignal
+from s2w.teacher.context import Context
 from s2w.teacher.pool import TeacherPool
 
 DEFAULT = "teacher"
 """Name of the teacher that scores what no other one takes."""
+REFERENCE = "reference"
+"""Name of the student's first weights among those that score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +46,55 @@ def teacher_settings(config: Config) -> dict[str, TeacherConfig]:
             the default's name.
     """
     settings = {DEFAULT: config.teacher}
-    known = [field.name for field in dataclasses.fields(TeacherConfig)]
     for name, entry in config.teachers.items():
         where = f"teachers.{name}"
-        if name == DEFAULT:
-            raise ConfigError(f"{where}: `{DEFAULT}` is the name of the section with that name; choose another")
+        if name in (DEFAULT, REFERENCE):
+            raise ConfigError(f"{where}: `{name}` is the name of the section with that name; choose another")
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
             raise ConfigError(f"{where} has no model: write {{model: PATH, modes: [think], tasks: [TASK]}}")
         fields = {key: value for key, value in entry.items() if key not in ("modes", "tasks")}
-        for key in fields:
-            if key not in known:
-                nearest = did_you_mean(key, [*known, "modes", "tasks"])
-                raise ConfigError(f"unknown setting {where}.{key}{nearest}")
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(config.teacher), {"revision": None, **fields})
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from error
-        made = OmegaConf.to_object(merged)
-        assert isinstance(made, TeacherConfig)
-        settings[name] = made
+        # What a teacher reads is its own.
+        base = dataclasses.replace(config.teacher, revision=None, context=None, system_prompt=None)
+        settings[name] = read_options(base, fields, f"{where}.", also=("modes", "tasks"))
     return settings
+
+
+def reference_settings(config: Config, model: str, revision: str | None) -> TeacherConfig:
+    """Settings of the pool that runs the student's first weights, a checkpoint.
+
+    Raises:
+        ConfigError: ``reference`` has a setting that no teacher has, or a value of another type.
+    """
+    base = dataclasses.replace(config.teacher, context=None, system_prompt=None)
+    settings = read_options(base, config.reference, "reference.")
+    return dataclasses.replace(settings, model=model, revision=revision)
+
+
+def section(name: str) -> str:
+    """Where the settings of a teacher stand."""
+    return name if name == DEFAULT else f"teachers.{name}"
+
+
+def contexts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Context]:
+    """Privileged contexts by the name of the teacher that has one."""
+    return {
+        name: Context(section(name), teacher, tokenizer, config.data.chat_template_kwargs)
+        for name, teacher in teacher_settings(config).items()
+        if teacher.context is not None or teacher.system_prompt is not None
+    }
+
+
+def context_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """Tokens that each teacher's context adds to a prompt at most.
+
+    Raises:
+        ConfigError: a template asks for something that a prompt does not have.
+    """
+    found = routes(config)
+    return {
+        name: context.longest([prompt for prompt in prompts if teacher_name(found, prompt) == name])
+        for name, context in contexts(config, tokenizer).items()
+    }
 
 
 def routes(config: Config) -> list[Route]:
@@ -98,36 +131,66 @@ class Teachers:
         device: cuda or cpu.
         max_model_len: longest prompt plus response, where a teacher's own settings do not say.
         vocab_size: ids that the student and every teacher share.
+        tokenizer: the student's.
+        context_tokens: as of :func:`context_lengths`; such a teacher's sequences are longer by so much.
+        sampled: they give the log-prob of each sampled token beside their signals.
+        reference: the student's first weights, to score too; None without.
     """
 
-    def __init__(self, config: Config, device: str, max_model_len: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: str,
+        max_model_len: int,
+        vocab_size: int,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        context_tokens: Mapping[str, int],
+        sampled: bool = False,
+        reference: ModelReference | None = None,
+    ) -> None:
         self._routes = routes(config)
-        self._pools: dict[str, TeacherPool] = {}
+        self._contexts = contexts(config, tokenizer)
         self._first: dict[str, int] = {}
         replicas = 0
-        for name, settings in teacher_settings(config).items():
-            self._pools[name] = TeacherPool(
+
+        def pool(name: str, settings: TeacherConfig, *, sampled: bool) -> TeacherPool:
+            nonlocal replicas
+            self._first[name] = replicas
+            replicas += settings.replicas
+            return TeacherPool(
                 settings,
                 config.signal,
                 config.loss.temperature,
                 device=device,
                 dtype=resolve_dtype(settings.dtype, device),
-                max_model_len=settings.max_model_len or max_model_len,
+                max_model_len=settings.max_model_len or max_model_len + max(0, context_tokens.get(name, 0)),
                 vocab_size=vocab_size,
+                sampled=sampled,
             )
-            self._first[name] = replicas
-            replicas += settings.replicas
+
+        self._pools = {
+            name: pool(name, settings, sampled=sampled) for name, settings in teacher_settings(config).items()
+        }
+        self._reference: TeacherPool | None = None
+        if reference is not None:
+            settings = reference_settings(config, reference.reference, reference.revision)
+            self._reference = pool(REFERENCE, settings, sampled=False)
+
+    @property
+    def _all(self) -> list[TeacherPool]:
+        return [*self._pools.values(), *([self._reference] if self._reference else [])]
 
     async def start(self, timeout_s: float) -> None:
-        """Waits until every engine of every pool has loaded its teacher; errors as of :meth:`TeacherPool.start`."""
+        """Waits until every engine of every pool has loaded its model; errors as of :meth:`TeacherPool.start`."""
         async with asyncio.TaskGroup() as group:
-            for pool in self._pools.values():
+            for pool in self._all:
                 group.create_task(pool.start(timeout_s))
 
     async def score(self, rollout: Rollout) -> TeacherSignal:
         """As :meth:`TeacherPool.score`, of the teacher that takes the prompt."""
         name = teacher_name(self._routes, rollout.prompt)
-        return self._named(name, await self._pools[name].score(rollout))
+        return self._named(name, await self._pools[name].score(self._as_seen(name, rollout)))
 
     async def score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal]:
         """As :meth:`TeacherPool.score_batch`, each teacher's share as a whole."""
@@ -136,13 +199,29 @@ class Teachers:
             shares.setdefault(teacher_name(self._routes, rollout.prompt), []).append(position)
         signals: dict[int, TeacherSignal] = {}
         for name, share in shares.items():
-            own = await self._pools[name].score_batch([rollouts[i] for i in share])
+            own = await self._pools[name].score_batch([self._as_seen(name, rollouts[i]) for i in share])
             signals |= {i: self._named(name, signal) for i, signal in zip(share, own, strict=True)}
         return [signals[i] for i in range(len(rollouts))]
 
+    async def refer(self, rollout: Rollout) -> TeacherSignal | None:
+        """What the student's first weights say of a response; None where they are not asked."""
+        if self._reference is None:
+            return None
+        return self._named(REFERENCE, await self._reference.score(rollout))
+
+    async def refer_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal | None]:
+        """The same, repeatable bit for bit."""
+        if self._reference is None:
+            return [None] * len(rollouts)
+        return [self._named(REFERENCE, signal) for signal in await self._reference.score_batch(list(rollouts))]
+
     async def shutdown(self) -> None:
         """Ends all engines."""
-        await asyncio.gather(*(pool.shutdown() for pool in self._pools.values()))
+        await asyncio.gather(*(pool.shutdown() for pool in self._all))
+
+    def _as_seen(self, name: str, rollout: Rollout) -> Rollout:
+        context = self._contexts.get(name)
+        return context.rollout(rollout) if context else rollout
 
     def _named(self, name: str, signal: TeacherSignal) -> TeacherSignal:
         return dataclasses.replace(signal, name=name, teacher=self._first[name] + signal.teacher)

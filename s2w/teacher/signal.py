@@ -13,6 +13,9 @@ ids       the same, at the student's ids, in the student's order                
 sampled   ``log_probs`` float32 [n]                                                           4
 ========  ==================================================================================  =============
 
+Where it is asked for, any of the first three also has ``sampled`` float32 [n]: the log-prob of the token that was
+sampled, 4 bytes more.
+
 Log-probs are in nats, normalised over the whole vocabulary at the requested temperature, never renormalised
 over the ids that are sent and never clamped. ``log_tail`` is the log of the exact mass of all other ids, -inf
 where there is none. Hidden rows are taken after the final norm, before the head: no temperature in them. A float8
@@ -23,18 +26,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from s2w.records import SignalKind
+from s2w.records import HiddenDtype, SignalKind
 
 Payload = dict[str, Any]
 """Numpy arrays by name; kind ``hidden`` adds the string ``dtype``."""
-
-HiddenDtype = Literal["auto", "bfloat16", "float8"]
-"""How hidden rows travel; ``auto``: in the teacher's own dtype."""
 
 _FLOAT8 = torch.float8_e4m3fn
 _DTYPES = {
@@ -60,7 +60,9 @@ class SignalRequest:
     temperature: float = 1.0
     """The teacher's logits are divided by it (topk, ids and sampled)."""
     dtype: HiddenDtype = "auto"
-    """Of hidden rows."""
+    """Of hidden states."""
+    sampled: bool = False
+    """The log-prob of the sampled token beside the signal (kinds other than ``sampled``)."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SignalKind):
@@ -83,7 +85,11 @@ def bytes_per_row(kind: SignalKind, *, top_k: int = 0, hidden_size: int = 0, dty
 
 
 def encode(
-    kind: SignalKind, rows: torch.Tensor, candidates: np.ndarray | None = None, dtype: HiddenDtype = "auto"
+    kind: SignalKind,
+    rows: torch.Tensor,
+    candidates: np.ndarray | None = None,
+    dtype: HiddenDtype = "auto",
+    sampled: bool = False,
 ) -> Payload:
     """Turns the pooler's CPU tensor (layout: :mod:`s2w.teacher.pooler`) into a payload.
 
@@ -91,14 +97,19 @@ def encode(
         kind: Kind of signal that ``rows`` holds.
         rows: [n, width].
         candidates: int32 [n, k], the ids that were asked for (kind ``ids`` only).
-        dtype: How hidden rows travel.
+        dtype: How hidden states travel.
+        sampled: ``rows`` end with the log-prob of the sampled token.
     """
+    if sampled and kind != "sampled":
+        width = rows.shape[1] - 4 // rows.itemsize
+        log_probs = rows[:, width:].contiguous().view(torch.float32)[:, 0]
+        return encode(kind, rows[:, :width], candidates, dtype) | {"sampled": log_probs.numpy()}
     match kind:
         case "hidden":
-            return _hidden(rows, dtype)
+            return _hidden(rows.contiguous(), dtype)
         case "topk":
             top_k = (rows.shape[1] - 1) // 2
-            values = rows[:, top_k:].view(torch.float32)
+            values = rows[:, top_k:].contiguous().view(torch.float32)
             return {"ids": _contiguous(rows[:, :top_k])} | _log_probs(values)
         case "ids":
             assert candidates is not None

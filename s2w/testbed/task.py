@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
-from s2w.modes import THINK_CLOSE, THINK_OPEN, split_thinking
+from s2w.models.modes import THINK_CLOSE, THINK_OPEN, split_thinking
 from s2w.records import Mode
 
 NAME = "column_addition"

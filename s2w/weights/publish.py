@@ -1,22 +1,22 @@
 """A swap: the learner's weights become the next policy version in every engine, with the requests kept running.
 
-:func:`publish` drives both sides from the controller. It sees the learner as a :class:`WeightSource` and the pool of
-engines as a :class:`WeightSink`; each forwards a step by its name, to the :class:`~s2w.weights.transfer.Transfer` of
-every rank or to the :class:`WeightReceiver` of one engine. The same code runs over shared memory and over NCCL.
+:func:`publish` drives both sides from the controller: the learner as a :class:`WeightSource`, whose ranks each hold a
+:class:`~s2w.weights.transfer.Transfer`, and each engine as a :class:`WeightReceiver`. The same code runs over shared
+memory and over NCCL.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from s2w.failures import reason
+from s2w.actors.failures import reason
 from s2w.weights.probe import EngineProbe
 
 if TYPE_CHECKING:
@@ -24,42 +24,49 @@ if TYPE_CHECKING:
 
     from s2w.weights.transfer import Update
 
-SendStep = Literal["prepare", "connect", "send"]
-ReceiveStep = Literal["init", "pause", "update", "finish", "resume"]
+T = TypeVar("T")
 
 
 class WeightSource(Protocol):
-    """The learner group."""
+    """The learner group. Each call reaches every rank's ``Transfer`` at the same time; it raises the exception of the
+    first rank that fails, without waiting for the others."""
 
-    async def send_weights(self, step: SendStep, *args: Any) -> Any:
-        """Calls the method ``step`` of every rank's ``Transfer`` at the same time; returns what rank 0 returns.
+    async def prepare_weights(self, workers: dict[int, int]) -> Update:
+        """Does what can be done while the engines generate; ``workers`` as of ``Transfer.prepare``."""
 
-        Raises:
-            Exception: that of the first rank that fails, without waiting for the others.
-        """
+    async def connect_weights(self) -> None:
+        """Meets the engines, which connect at the same time."""
 
-
-class WeightSink(Protocol):
-    """The pool of engines."""
-
-    def weight_workers(self) -> dict[int, int]:
-        """Worker processes (tensor x pipeline parallel) of each engine, by its number.
-
-        An engine that replaces another has a number of its own: by the number it is seen that it must connect.
-        """
-
-    async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
-        """Calls the method ``step`` of that engine's :class:`WeightReceiver`."""
+    async def send_weights(self) -> None:
+        """Sends the weights; the engines receive at the same time."""
 
 
-class WeightReceiver:
-    """One engine's side; lives beside its ``AsyncLLM``."""
+class WeightReceiver(Protocol):
+    """One engine, as a swap sees it; see :class:`EngineWeights`, which does the work beside it."""
+
+    @property
+    def workers(self) -> int:
+        """Worker processes (tensor x pipeline parallel) of the engine."""
+
+    async def connect(self, info: dict[str, Any]) -> None: ...
+
+    async def pause(self) -> None: ...
+
+    async def load(self, info: dict[str, Any]) -> None: ...
+
+    async def finish(self, version: int, probe_ids: np.ndarray | None) -> None: ...
+
+    async def resume(self) -> None: ...
+
+
+class EngineWeights:
+    """One engine's side of a swap; lives beside its ``AsyncLLM``."""
 
     def __init__(self, llm: AsyncLLM) -> None:
         self.llm = llm
         self._probe: EngineProbe | None = None
 
-    async def init(self, info: dict[str, Any]) -> None:
+    async def connect(self, info: dict[str, Any]) -> None:
         """Connects to the learner; ``info`` is the backend's ``init_info``."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
@@ -74,7 +81,7 @@ class WeightReceiver:
         """
         await self.llm.pause_generation(mode="keep", clear_cache=True)
 
-    async def update(self, info: dict[str, Any]) -> None:
+    async def load(self, info: dict[str, Any]) -> None:
         """Loads the weights; ``info`` is the backend's ``update_info``.
 
         Raises:
@@ -150,16 +157,18 @@ class SwapError(RuntimeError):
 
 async def publish(
     learner: WeightSource,
-    pool: WeightSink,
+    engines: Mapping[int, WeightReceiver],
     version: int,
     probe_ids: np.ndarray | None = None,
     timeout_s: float = 600.0,
 ) -> SwapReport:
-    """Puts the learner's weights into every engine of the pool as policy ``version``.
+    """Puts the learner's weights into every engine as policy ``version``.
 
     Args:
+        engines: by number. An engine that replaces another has a number of its own: by the number it is seen that it
+            must connect.
         probe_ids: int32 [n], tokens whose log-probs each engine computes before any other request; to be had from
-            :meth:`WeightReceiver.probed`.
+            :meth:`EngineWeights.probed`.
         timeout_s: of each step; a peer that died inside a broadcast shows in no other way.
 
     Raises:
@@ -167,41 +176,45 @@ async def publish(
         TimeoutError: the learner did not answer in time.
         Exception: the learner's own. If weights were already on their way the engines stay paused.
     """
-    workers = pool.weight_workers()
+    workers = {number: engine.workers for number, engine in engines.items()}
     began = time.perf_counter()
     loaded = began
 
-    async def source(step: SendStep, *args: Any) -> Any:
-        return await in_time(f"the learner did not {step}", learner.send_weights(step, *args))
-
-    async def sink(engine: int, step: ReceiveStep, *args: Any) -> None:
-        await in_time(f"it did not {step}", pool.receive_weights(engine, step, *args))
-
-    async def in_time(what: str, work: Awaitable[Any]) -> Any:
+    async def in_time(what: str, work: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(work, timeout_s)
         except TimeoutError:
             raise TimeoutError(f"{what} within {timeout_s:g} s") from None
 
-    async def load(engine: int) -> None:
+    async def load(number: int) -> None:
         nonlocal loaded
-        await sink(engine, "update", update.info)
-        await sink(engine, "finish", version, probe_ids)
+        await in_time("it did not load", engines[number].load(update.info))
+        await in_time("it did not finish", engines[number].finish(version, probe_ids))
         loaded = max(loaded, time.perf_counter())
-        await sink(engine, "resume")
+        await resume(number)
 
-    update: Update = await source("prepare", workers)
+    async def connect(number: int) -> None:
+        await in_time("it did not connect", engines[number].connect(update.connect[number]))
+
+    async def pause(number: int) -> None:
+        await in_time("it did not pause", engines[number].pause())
+
+    async def resume(number: int) -> None:
+        await in_time("it did not resume", engines[number].resume())
+
+    update = await in_time("the learner did not prepare", learner.prepare_weights(workers))
     gathered = time.perf_counter()
     if update.connect:
-        meeting = _each(update.connect, lambda engine: sink(engine, "init", update.connect[engine]))
-        _check(version, "connect", await _while_sending(source("connect"), meeting))
+        meeting = in_time("the learner did not connect", learner.connect_weights())
+        _check(version, "connect", await _while_sending(meeting, _each(update.connect, connect)))
     stop = time.perf_counter()
-    failed = await _each(workers, lambda engine: sink(engine, "pause"))
+    failed = await _each(workers, pause)
     if failed:
-        await _each(workers.keys() - failed.keys(), lambda engine: sink(engine, "resume"))
+        await _each(workers.keys() - failed.keys(), resume)
     _check(version, "pause", failed)
     stopped = time.perf_counter()
-    _check(version, "load", await _while_sending(source("send"), _each(workers, load)))
+    sending = in_time("the learner did not send", learner.send_weights())
+    _check(version, "load", await _while_sending(sending, _each(workers, load)))
     resumed = time.perf_counter()
     return SwapReport(
         version=version,

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import torch
 
-from s2w.weights.names import CheckpointStream, CheckpointTensor
+from s2w.weights.stream import CheckpointStream, CheckpointTensor
 
 BACKEND = "shm"
 """Name of the backend in vLLM's ``WeightTransferConfig``."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from s2w.weights import shm
-from s2w.weights.names import CheckpointStream
+from s2w.weights.stream import CheckpointStream
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine

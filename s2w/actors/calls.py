@@ -1,0 +1,75 @@
+"""Many calls of actors at once: of a whole pool while it starts, and of a pool for many responses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from s2w.actors.failures import reason
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+async def each(
+    items: Iterable[Item],
+    call: Callable[[Item], Awaitable[Result]],
+    *,
+    at_once: int | None = None,
+    done: Callable[[Item, Result], None] | None = None,
+) -> list[Result]:
+    """``call`` of every item; results in the order of the items. The one way to ask a pool for many responses.
+
+    Args:
+        at_once: most calls under way; None for all.
+        done: called with each item and its result, when it has one.
+
+    Raises:
+        BaseExceptionGroup: calls failed; the others are cancelled. What ``done`` has been called with stands.
+    """
+    wanted = list(items)
+    results: list[Any] = [None] * len(wanted)
+    waiting = iter(enumerate(wanted))
+
+    async def work() -> None:
+        for i, item in waiting:
+            results[i] = await call(item)
+            if done is not None:
+                done(item, results[i])
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(at_once or len(wanted), len(wanted))):
+            group.create_task(work())
+    return results
+
+
+async def all_up(what: str, calls: Sequence[ray.ObjectRef], timeout_s: float) -> list[Any]:
+    """Results of the start-up calls of all actors of a pool.
+
+    Raises:
+        RuntimeError: names the first actor that failed, or how many were not up in ``timeout_s`` seconds.
+    """
+    tasks = [asyncio.ensure_future(as_future(call)) for call in calls]
+    try:
+        done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()  # Those that have not come to an end.
+    for index, task in enumerate(tasks):
+        if task in done and (error := task.exception()):
+            who = f"{what} {index}"
+            raise RuntimeError(f"{who} did not start: {reason(error, who)}") from error
+    if waiting:
+        raise RuntimeError(
+            f"{len(waiting)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s: "
+            "give them more time (cluster.start_timeout_s) or look at the cluster's free resources (ray status)"
+        )
+    return [task.result() for task in tasks]
+
+
+async def as_future(call: ray.ObjectRef) -> Any:
+    """The result of an actor's call, as a coroutine: asyncio's tools do not take Ray's references."""
+    return await call

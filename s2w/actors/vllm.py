@@ -1,0 +1,119 @@
+"""What every Ray actor that runs a vLLM engine needs: its resources and its process environment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import TYPE_CHECKING, Any, cast
+
+from s2w.actors.failures import EngineDiedError
+from s2w.actors.hardware import core_count, cpu_environment
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+CONCURRENT_CALLS = 10_000
+"""Calls that may wait inside one asyncio actor; vLLM's scheduler does the real queueing."""
+
+
+RECHECK_S = 0.2
+"""Between two looks at whether vLLM has noticed that an engine core is gone."""
+SHUTDOWN_S = 10
+"""How long an actor may take to end its engine before it is killed."""
+
+
+def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
+    """Ray options of an actor whose engine spans ``world`` workers (tensor x pipeline parallel).
+
+    The workers are child processes of the actor, so the actor reserves all of the engine's GPUs on one node.
+    """
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        environment |= cpu_environment()
+    return {
+        "num_cpus": cpus,
+        "num_gpus": world if device == "cuda" else 0,
+        "max_concurrency": CONCURRENT_CALLS,
+        # Ray's control store would keep 3 KB for each request, up to 100,000 of them.
+        "enable_task_events": False,
+        "runtime_env": {"env_vars": environment},
+    }
+
+
+IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""vLLM's executor without worker processes."""
+
+
+def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: int) -> dict[str, Any]:
+    """Sets what vLLM reads from the environment; call inside the actor, before vLLM is imported.
+
+    Returns:
+        Arguments of the engine that go with it. On CPU vLLM gives a single worker a process of its own, to set its
+        threads by environment variables; here the engine core is started with those, so that the worker can be part
+        of it: a process less to start, and no message to it at every token.
+    """
+    if device != "cpu":
+        return {}
+    cores = sorted(os.sched_getaffinity(0))[: threads or core_count()]
+    # vLLM leaves a core to its front end by default; a list of cores a worker makes it use all of them.
+    share = max(1, len(cores) // world)
+    lists = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(world)]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in lists)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+    if world > 1:
+        return {}
+    os.environ["OMP_NUM_THREADS"] = str(len(cores))
+    return {"distributed_executor_backend": IN_ENGINE_CORE}
+
+
+def fail_with_engine_core(llm: AsyncLLM) -> None:
+    """Ends what waits for the engine core of ``llm`` when its process ends; call it in the actor's event loop.
+
+    vLLM itself fails the requests alone: a pause or a step of a weight update would wait for ever.
+    """
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    client, loop = cast(Any, llm.engine_core), asyncio.get_running_loop()
+
+    def fail() -> None:
+        known = client.resources.engine_dead  # From then on vLLM refuses new calls.
+        for answer in client.utility_results.values():
+            if not answer.done():
+                answer.set_exception(EngineDeadError())
+        if not known:
+            loop.call_later(RECHECK_S, fail)
+
+    def ended(process: BaseProcess) -> None:
+        loop.remove_reader(process.sentinel)
+        fail()
+
+    for process in client.resources.engine_manager.processes:
+        loop.add_reader(process.sentinel, ended, process)
+
+
+@contextmanager
+def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
+    """Raises :class:`EngineDiedError` where vLLM says no more than that the engine is dead."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        ends = [
+            f"its {process.name} process {process.pid} {_end(process.exitcode)}"
+            for process in cast(Any, llm.engine_core).resources.engine_manager.processes
+            if connection.wait([process.sentinel], timeout=1)
+        ]
+        raise EngineDiedError(", ".join(ends) or str(error)) from error
+
+
+def _end(code: int | None) -> str:
+    """How a process ended, by its exit code; None where something else has collected that."""
+    if code is None:
+        return "was killed or crashed"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

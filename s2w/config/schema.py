@@ -1,0 +1,548 @@
+"""Every setting of s2w, as OmegaConf structured configs; ``s2w train --help`` prints this file's text.
+
+A setting is documented by the string under it. Its type holds its range and, where it does not change what is computed,
+``Resumable``: a resumed run may change it. :mod:`s2w.config.bounds` refuses what is outside of a range,
+:mod:`s2w.launch.check` impossible combinations, before anything starts. ``dtype: auto`` is bfloat16 where the hardware
+multiplies it natively (CUDA, AMX, AVX512-BF16) and float32 elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+
+from annotated_types import Ge, Gt, Interval
+from omegaconf import MISSING
+
+from s2w.config.bounds import RESUMABLE, OneOf, Or
+from s2w.records import HiddenDtype, Mode, SignalKind
+
+T = TypeVar("T")
+Resumable = Annotated[T, RESUMABLE]
+Positive = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Nonnegative = Annotated[float, Ge(0)]
+AboveZero = Annotated[float, Gt(0)]
+Temperature = Annotated[float, Interval(ge=0.01, le=2), Or(0)]
+"""What vLLM samples at as it is written: it takes what is closer to 0 for 0.01."""
+TopP = Annotated[float, Interval(gt=0, le=1)]
+TopK = Annotated[int, Ge(1), Or(-1)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+EngineDtype = Annotated[str, OneOf("auto", "bfloat16", "float16", "float32")]
+Schedule = Annotated[str, OneOf("constant", "cosine")]
+
+# OmegaConf knows no Literal: to it these are strings, one of the same ones.
+if TYPE_CHECKING:
+    ModeSetting: TypeAlias = Mode
+    KindSetting: TypeAlias = SignalKind
+    HiddenDtypeSetting: TypeAlias = HiddenDtype
+else:
+    ModeSetting = Annotated[
+        str,
+        OneOf(
+            think="With a think block.",
+            no_think="With an empty think block, or none where the chat template knows no thinking.",
+        ),
+    ]
+    KindSetting = Annotated[
+        str,
+        OneOf(
+            hidden="Last hidden states: the exact distribution, 2 bytes x width a token (bf16).",
+            topk="The teacher's top_k most likely ids, exact log-probs and exact tail mass.",
+            ids="The teacher's log-probs at the student's own top_k ids, with the tail mass.",
+            sampled="The teacher's log-prob of the sampled token: reverse KL by policy gradient.",
+        ),
+    ]
+    HiddenDtypeSetting = Annotated[
+        str,
+        OneOf(
+            auto="In the teacher's own dtype.",
+            bfloat16="2 bytes a number.",
+            float8="e4m3 with a float32 scale a token: half of bfloat16; docs/signals.md has the error in nats.",
+        ),
+    ]
+
+StudentInit = Annotated[
+    str,
+    OneOf(
+        checkpoint="student.model as it is (hub id or path).",
+        pruned="A copy of student.model that keeps student.keep_layers evenly spaced layers.",
+        fresh="Random weights for the configuration of student.model, changed by student.overrides.",
+    ),
+]
+Preflight = Annotated[
+    str,
+    OneOf(
+        "none",
+        divergence="The learner ranks load the teacher as their student, and its divergence through the run's own "
+        "engines and wire must vanish. They need room for it, at the run's ZeRO stage.",
+        log_probs="For teachers that the ranks cannot hold: what the learner decodes from the signals against the "
+        "log-probs of the teacher in a vLLM engine that generates, which starts and ends before the others.",
+    ),
+]
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher: vLLM engines that score and never sample."""
+
+    model: str = MISSING
+    """Hub id or path of the teacher's checkpoint."""
+    revision: str | None = None
+    """Hub revision; null is the default branch."""
+    dtype: EngineDtype = "auto"
+    """auto, bfloat16, float16 or float32."""
+    replicas: Resumable[Positive] = 1
+    """Engines that share the scoring."""
+    tensor_parallel: Positive = 1
+    """GPUs (CPU: worker processes) that share each layer."""
+    pipeline_parallel: Positive = 1
+    """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
+    expert_parallel: bool = False
+    """Spread whole experts over the tensor-parallel ranks (MoE teachers)."""
+    context: str | None = None
+    """Privileged context: what the teacher reads in place of the last user message, with {question} for that message
+    and {answer} for the reference answer. It scores the student's tokens under it (OPSD, arXiv 2601.18734)."""
+    system_prompt: str | None = None
+    """What the teacher reads in place of the system message, or before messages that have none."""
+    max_model_len: Positive | None = None
+    """Longest prompt plus response; null takes data.max_prompt_tokens + rollout.max_tokens."""
+    max_batched_tokens: Positive = 2048
+    """Tokens of one prefill chunk."""
+    max_sequences: Positive = 64
+    """Requests that one engine scores at once."""
+    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+    kv_cache_gib: Resumable[Positive] = 1
+    """KV cache of an engine on CPU."""
+    enforce_eager: bool = False
+    """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
+    cpus: Resumable[Nonnegative] = 0.5
+    """Ray CPUs that one engine reserves."""
+    threads: Resumable[Positive | None] = None
+    """CPU only: cores of an engine; null is all of the node's."""
+
+
+@dataclass
+class StudentConfig:
+    """The student's checkpoint and first weights."""
+
+    model: str = MISSING
+    """Hub id or path: the checkpoint (or, for init=fresh, the config and tokenizer) to start from."""
+    revision: str | None = None
+    """Hub revision; null is the default branch."""
+    init: StudentInit = "checkpoint"
+    """Where the first weights come from."""
+    keep_layers: Positive | None = None
+    """init=pruned: layers kept, evenly spaced, the first and the last among them."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """init=fresh: fields of the model's configuration to change, as {num_hidden_layers: 4}."""
+    thinking_switch: bool = False
+    """Give a chat template that knows no thinking Qwen3's enable_thinking: False puts an empty think block before the
+    answer. The student's checkpoints carry the new template."""
+
+
+@dataclass
+class RolloutConfig:
+    """The pool of vLLM engines that run the student."""
+
+    engines: Resumable[Positive] = 1
+    """Engines of the pool; a setting of its own, whatever the learner and the teacher have."""
+    tensor_parallel: Positive = 1
+    """GPUs (CPU: worker processes) that share each layer."""
+    pipeline_parallel: Positive = 1
+    """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
+    expert_parallel: bool = False
+    """Spread the experts of a MoE student over the workers of an engine."""
+    max_tokens: Positive = 1024
+    """Longest response."""
+    temperature: Temperature = 1.0
+    """Of sampling; 0 is greedy."""
+    top_p: TopP = 1.0
+    """Nucleus sampling; 1 keeps every token."""
+    top_k: TopK = -1
+    """-1 keeps every token."""
+    thinking_budget: Positive | None = None
+    """Response tokens after which a think block that is still open is closed; null lets it run to max_tokens."""
+    stop_thinking: str = (
+        "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+        "</think>.\n\n"
+    )
+    """What closes it, inserted after thinking_budget tokens (Qwen3 Technical Report, section 4.3)."""
+    dtype: EngineDtype = "auto"
+    """auto, bfloat16, float16 or float32."""
+    max_sequences: Positive = 64
+    """Requests that one engine runs at once."""
+    max_batched_tokens: Positive | None = None
+    """Tokens of one prefill chunk; null is vLLM's default (on CPU: whole prompts, never split)."""
+    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that vLLM takes."""
+    kv_cache_gib: Resumable[Positive] = 1
+    """KV cache of an engine on CPU."""
+    enforce_eager: bool = False
+    """No torch.compile and no CUDA graphs: starts sooner, runs slower."""
+    cpus: Resumable[Nonnegative] = 0.5
+    """Ray CPUs that one engine reserves."""
+    threads: Resumable[Positive | None] = None
+    """CPU only: cores of an engine; null is all of the node's."""
+
+
+@dataclass
+class LearnerConfig:
+    """The DeepSpeed ranks that update the student."""
+
+    ranks: Positive = 1
+    """Processes of the learner group, a GPU each on a GPU cluster."""
+    zero_stage: Annotated[int, Interval(ge=0, le=3)] = 2
+    """0 to 3; 3 shards the weights too."""
+    dtype: Annotated[str, OneOf("auto", "bfloat16", "float32")] = "auto"
+    """Of the weights that the products use; the optimizer's master copy is always float32."""
+    learning_rate: AboveZero = 1e-5
+    """The highest, reached after warm-up."""
+    schedule: Schedule = "constant"
+    """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step."""
+    warmup_steps: Natural = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: Share = 0.0
+    """schedule=cosine: the last learning rate over the highest one."""
+    weight_decay: Nonnegative = 0.0
+    """AdamW's, on matrices only."""
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the second moment."""
+    eps: AboveZero = 1e-8
+    """AdamW's term in the denominator."""
+    max_grad_norm: Nonnegative = 1.0
+    """0 does not clip."""
+    max_skipped_steps: Natural = 3
+    """Steps in a row that may have a gradient that is not finite. The weights stay as they are in such a step; one more
+    ends the run."""
+    tokens_per_micro_batch: Positive = 4096
+    """Prompt and response tokens, padding included, of one forward and backward pass of a rank."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more work."""
+    attention: Annotated[str, OneOf("sdpa", "eager", "flash_attention_2")] = "sdpa"
+    """transformers' attn_implementation: sdpa, eager or flash_attention_2."""
+    cpus: Resumable[Nonnegative] = 0.5
+    """Ray CPUs that one rank reserves."""
+    gpus: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Ray GPUs that one rank reserves on a GPU cluster."""
+    threads: Resumable[Positive | None] = None
+    """CPU only: threads of one rank; null shares the node's cores out among the ranks."""
+
+
+@dataclass
+class SignalConfig:
+    """What the teacher sends for each response token."""
+
+    kind: KindSetting = "hidden"
+    """What the teacher says about each response token."""
+    top_k: Positive = 64
+    """Ids a token, for topk and ids."""
+    dtype: HiddenDtypeSetting = "auto"
+    """kind=hidden: how hidden states travel from the teacher to the learner."""
+    bias_every: Resumable[Natural] = 0
+    """kind=hidden: every so many steps, measure on one micro-batch of each rank what topk, ids and sampled would have
+    said instead (metrics.jsonl, `s2w signals RUN`); 0 never."""
+
+
+@dataclass
+class LossConfig:
+    """What the student minimises."""
+
+    objective: str = "divergence"
+    """What the on-policy phase minimises: a name of s2w.objectives, listed below."""
+    divergence: str = "forward_kl"
+    """A name of s2w.objectives.divergences, listed below."""
+    beta: Share = 0.5
+    """jsd: weight of the teacher in the mixture (GKD, arXiv 2306.13649, eq. 1)."""
+    alpha: Share = 0.1
+    """skew_forward_kl, skew_reverse_kl, alpha_divergence: their alpha."""
+    temperature: AboveZero = 1.0
+    """Divides the logits of both sides."""
+    temperature_squared: bool = True
+    """Multiply the loss by temperature^2, which keeps the gradient's size (Hinton et al. 2015, section 2)."""
+    discount: Share = 0.0
+    """signal.kind=sampled: gamma above 0 credits a token with the log-ratios of those after it too, each gamma^distance
+    times; 1 is the gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
+    importance_limit: AboveZero | None = None
+    """signal.kind=sampled: upper limit of a stale token's importance weight q / q_sampling (V-trace's rho-bar, arXiv
+    1802.01561); null is none."""
+    chunk_rows: Positive = 1024
+    """Rows of the [rows, vocabulary] buffers: memory of the loss, not its value."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the objective and of the divergence that are in no section, by name: {part_nats: 20}."""
+
+
+@dataclass
+class RewardConfig:
+    """The verified reward of a response: 1 if the verifier of its prompt's task scores the answer 1, else 0.
+
+    Its policy gradient is GRPO's (arXiv 2402.03300, eq. 3, outcome supervision), without a reference model: the
+    advantage of a response is its reward less the mean of the responses to the same prompt (loop.samples_per_prompt of
+    them), and every token of the step has the same weight.
+    """
+
+    weight: Nonnegative = 0.0
+    """loss.objective=kdrl: of the policy gradient beside the divergence."""
+    normalize: bool = True
+    """Divide the advantages of a prompt by their standard deviation (GRPO; false as in Dr. GRPO, arXiv 2503.20783)."""
+    clip_low: Annotated[float, Interval(gt=0, lt=1)] = 0.2
+    """Lower clipping of the importance ratio (PPO's epsilon); of effect only on stale tokens."""
+    clip_high: AboveZero = 0.2
+    """Upper clipping of the importance ratio."""
+
+
+@dataclass
+class LoopConfig:
+    """The loop: generate, score, update, hot swap."""
+
+    steps: Resumable[Natural] = 100
+    """Updates of the student; 0 leaves the on-policy phase out."""
+    prompts_per_step: Positive = 64
+    """Prompts of a batch."""
+    samples_per_prompt: Positive = 1
+    """Responses to each of them."""
+    off_policy_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Share of a batch's prompts whose responses are the teacher's, out of the off-policy set, instead of the
+    student's: 1 - lambda of GKD (arXiv 2306.13649, algorithm 1). They are scored and learned like the others."""
+    unreliable_weight: Share = 1.0
+    """Below 1, responses where the teacher is known to be wrong teach less: the divergence at their tokens weighs
+    u + (1 - u) r, where u is this number and r the share of the teacher's own answers to the prompt, in the off-policy
+    set, that were verified. (That a teacher's samples may all be wrong on a prompt, and what then: arXiv 2605.09725.)
+    Prompts that the teacher did not answer weigh 1."""
+    max_staleness: Natural = 0
+    """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
+    written by the weights that learn from it. n: generation runs up to n batches ahead."""
+    eval_every: Resumable[Natural] = 0
+    """Held-out KL every so many steps, beside before and after; 0 is only before and after."""
+    checkpoint_every: Resumable[Natural] = 0
+    """A checkpoint every so many steps, beside the last; 0 is only the last."""
+    keep_checkpoints: Resumable[Positive] = 2
+    """The last ones that stay on disk."""
+
+
+@dataclass
+class FilterConfig:
+    """Which of the teacher's responses are dropped before the student learns them; in this order."""
+
+    truncated: bool = True
+    """Drop those that were cut off, at the token limit or by an engine (finish_reason other than stop)."""
+    format: bool = True
+    """Drop those that leave their think block open, or think in no_think mode, or do not in think mode."""
+    min_tokens: Natural = 1
+    """Drop shorter responses, in tokens."""
+    max_tokens: Positive | None = None
+    """Drop longer responses; null is off_policy.max_tokens. Prompts longer than data.max_prompt_tokens go too."""
+    loop_ngram: Natural = 128
+    """Drop responses that repeat up to so many tokens again and again, four times in a row or more; 0 drops none."""
+    loop_tokens: Natural = 64
+    """Tokens that such repetitions must cover."""
+    cjk_share: Share = 0.01
+    """Drop responses of which more than this share of characters is Chinese, Japanese or Korean, to prompts without
+    any; 1 drops none."""
+    duplicates: bool = True
+    """Drop a response that is, token for token, another one to the same prompt in the same mode."""
+    verified: bool = True
+    """Drop wrong answers: those that the verifier of the prompt's task scores below 1. Prompts without a task pass."""
+
+
+@dataclass
+class OffPolicyConfig:
+    """The first phase: the teacher answers, in every mode, and the student learns its answers."""
+
+    steps: Natural = 0
+    """Updates of the student in this phase; 0 leaves the phase out. They may run over the responses several times."""
+    loss: str = "cross_entropy"
+    """What the phase minimises: cross_entropy or divergence (s2w.objectives)."""
+    path: str | None = None
+    """Ready responses instead of generated ones: a JSONL or Parquet file, or a directory of Parquet files, with the
+    columns `messages` (the last one the assistant's), or `prompt` and `response`; also `mode`, `task`, `answer`."""
+    prompts: Positive | None = None
+    """Training prompts that the teacher answers, each in all of data.modes; null is all of them."""
+    samples_per_prompt: Positive = 1
+    """Responses to each of them, in each mode."""
+    max_tokens: Positive = 1024
+    """Longest response."""
+    temperature: Temperature = 0.6
+    """Of the teacher's sampling; 0 is greedy. The defaults are Qwen3's own for thinking."""
+    top_p: TopP = 0.95
+    """Nucleus sampling; 1 keeps every token."""
+    top_k: TopK = 20
+    """-1 keeps every token."""
+    engines: Resumable[Positive | None] = None
+    """vLLM engines that generate, before any other part starts; null is teacher.replicas."""
+    shard_responses: Resumable[Positive] = 512
+    """Responses of one Parquet file; what an interruption can lose."""
+    responses_per_step: Positive = 64
+    """Responses of an update."""
+    heldout_responses: Natural = 64
+    """Responses kept out of training for the held-out loss; none of their prompts is trained on."""
+    learning_rate: AboveZero = 1e-5
+    """The highest of this phase, reached after warm-up. Everything else of the optimizer is the learner's."""
+    schedule: Schedule = "cosine"
+    """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step of the phase."""
+    warmup_steps: Natural = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: Share = 0.0
+    """schedule=cosine: the last learning rate over the highest one."""
+    eval_every: Resumable[Natural] = 0
+    """Held-out loss every so many steps, beside before and after; 0 is only before and after."""
+    checkpoint_every: Resumable[Natural] = 0
+    """A checkpoint every so many steps, beside the last; 0 is only the last."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+
+@dataclass
+class DataConfig:
+    """Prompts: procedural tasks or a file."""
+
+    tasks: list[str] = field(default_factory=list)
+    """reasoning-gym task names, mixed in equal parts."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
+    path: str | None = None
+    """Instead of tasks: a JSONL, Parquet or CSV file of prompts, with a column `messages` or `prompt`."""
+    heldout_path: str | None = None
+    """File of held-out prompts; null takes the last heldout_prompts of `path`."""
+    train_prompts: Positive = 1024
+    """Prompts generated for training (tasks only); more steps than they last start another epoch."""
+    heldout_prompts: Positive = 64
+    """Prompts of the held-out evaluation, one response each."""
+    modes: list[ModeSetting] = field(default_factory=list)
+    """Modes of the prompts that do not say their own, in equal parts: think, no_think; empty means all that the chat
+    template can ask for."""
+    task_modes: dict[str, Any] = field(default_factory=dict)
+    """Modes of single tasks, by name: {chain_sum: [no_think]}; the others have those of `modes`."""
+    think_ratio: Share | None = None
+    """Share of on-policy training prompts in think mode, among those that may be in either; each prompt's mode is then
+    drawn anew for every batch. null: a prompt keeps its mode, in equal parts."""
+    think_ratio_end: Share | None = None
+    """The same at the last step: the share moves there from think_ratio linearly; null keeps it."""
+    max_prompt_tokens: Positive = 1024
+    """A longer prompt is refused."""
+    system_prompt: str | None = None
+    """Put before messages that have no system turn."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Passed to the chat template."""
+
+
+@dataclass
+class ClusterConfig:
+    """The Ray cluster."""
+
+    address: Resumable[str | None] = None
+    """Ray address; null joins the cluster of `ray job submit` or `ray start`, or starts one on this machine."""
+    device: Resumable[Annotated[str, OneOf("auto", "cuda", "cpu")]] = "auto"
+    """cuda, cpu, or auto: cuda if the cluster has GPUs."""
+    log_to_driver: Resumable[bool] = False
+    """Show what the actors print (vLLM's and DeepSpeed's messages); Ray's log directory has it in any case."""
+    start_timeout_s: Resumable[Positive] = 900
+    """How long actors may take to be placed and to load their models."""
+
+
+@dataclass
+class RunConfig:
+    """The run: where it writes, its seed, what it shows."""
+
+    dir: Resumable[str] = "runs/${run.name}-${now:%Y%m%d-%H%M%S}"
+    """The run directory."""
+    name: Resumable[str] = "s2w"
+    """The run's name, in the directory and in W&B."""
+    seed: Seed = 0
+    """Of data order, sampling and fresh weights."""
+    resume: Resumable[bool] = False
+    """Continue the run in run.dir from its last checkpoint."""
+    deterministic: Resumable[bool] = False
+    """Same seed, same rollouts and losses; slower, and needs max_staleness=0."""
+    tensorboard: Resumable[bool] = True
+    """Write tensorboard/ in the run directory."""
+    wandb: Resumable[bool] = False
+    """Log to Weights & Biases too (pip install 's2w[wandb]')."""
+    wandb_project: Resumable[str] = "s2w"
+    """The W&B project."""
+    preflight: Resumable[Preflight] = "none"
+    """Fail at the start if the learner does not see what the teacher says (docs/signals.md)."""
+    probe_tolerance: Resumable[AboveZero | None] = None
+    """Mean |log-prob difference| between engine and learner, in nats, above which a swap fails the run; null is
+    0.001 where both run in float32 and 0.25 otherwise."""
+
+
+@dataclass
+class EvalConfig:
+    """What `s2w eval` measures: problems, samples, modes."""
+
+    tasks: list[str] = field(default_factory=list)
+    """reasoning-gym task names."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
+    problems: Positive = 64
+    """Problems generated for each task; they are those that `s2w train` holds out with the same seed."""
+    path: str | None = None
+    """Instead of tasks: a file of problems (JSONL, Parquet or CSV), or hf://datasets/OWNER/NAME[@REVISION]/FILE."""
+    prompt_column: str = "prompt"
+    """Column of the file with the question: text, or a list of chat messages."""
+    answer_column: str = "answer"
+    """Column of the file with the right answer."""
+    choice_columns: list[str] = field(default_factory=list)
+    """Multiple choice: columns with the wrong answers; choices are shuffled, and the right answer is a letter."""
+    template: str = "{question}"
+    """Text of the user's message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
+    verifier: Annotated[str, OneOf("math_verify", "exact_match")] = "math_verify"
+    """How answers of a file are checked: math_verify or exact_match. (Letters of choices: always exact_match.)"""
+    samples: Positive = 4
+    """Responses to each problem in each mode."""
+    k: list[Positive] = field(default_factory=lambda: [1])
+    """The k of pass@k, none above samples."""
+    modes: list[ModeSetting] = field(default_factory=list)
+    """think, no_think; empty means all that the chat template can ask for."""
+    thinking_budgets: list[Positive | None] = field(default_factory=list)
+    """Measure think mode at each of these budgets, null being none; empty means rollout.thinking_budget alone."""
+    seed: Seed = 0
+    """Of generated problems, sampling, the order of choices and the bootstrap."""
+    max_prompt_tokens: Positive = 4096
+    """A longer prompt is refused."""
+    system_prompt: str | None = None
+    """Put before messages that have no system turn."""
+    output: str | None = None
+    """JSON file for the report."""
+
+
+@dataclass
+class EvalRun:
+    """The whole configuration of `s2w eval`."""
+
+    model: str = MISSING
+    """Hub id or path of the checkpoint."""
+    revision: str | None = None
+    """Hub revision; null is the default branch."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class Config:
+    """The whole configuration of `s2w train`."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Further teachers that score, by a name of your choice: {solver: {model: PATH, modes: [think], tasks: [TASK]}}. A
+    response is scored by the first whose modes and tasks (either may be left out) include its prompt's, else by
+    `teacher`, whose settings they also have where they give none. The off-policy responses are `teacher`'s."""
+    reference: dict[str, Any] = field(default_factory=dict)
+    """Engine settings of the student's first weights, where the objective has them score; those of `teacher` where it
+    gives none: {replicas: 1, tensor_parallel: 1}."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    signal: SignalConfig = field(default_factory=SignalConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)

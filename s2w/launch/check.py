@@ -1,0 +1,509 @@
+"""Refuses bad settings before anything starts; nothing here loads a model or touches the cluster.
+
+What a single setting may be stands beside it (:mod:`s2w.config.schema`); here is what no single setting can know.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from s2w.actors.hardware import resolve_dtype
+from s2w.config.bounds import check_bounds, resumable
+from s2w.config.schema import Config, LoopConfig, RolloutConfig, StudentConfig, TeacherConfig
+from s2w.data.files import rows
+from s2w.errors import ConfigError, did_you_mean
+from s2w.models.checkpoint import Checkpoint, read_checkpoint
+from s2w.models.modes import add_thinking_switch
+from s2w.models.pair import ModelPair
+from s2w.models.parallel import check_parallel
+from s2w.models.shards import check_weights
+from s2w.models.student import evenly_spaced
+from s2w.models.tokenizers import compare_tokenizers
+from s2w.objectives import Objective, objective_class
+from s2w.objectives.divergences import DIVERGENCES, divergence_of, parameters_of
+from s2w.objectives.support import signal_support
+from s2w.records import Prompt
+from s2w.rollout.thinking import check_thinking_budget
+from s2w.teacher.routing import DEFAULT, context_lengths, reference_settings, routes, section, teacher_settings
+from s2w.teacher_data.shards import response_files
+
+
+def check(config: Config, *, generating: bool = False) -> ModelPair:
+    """Checks all that can be known without the cluster.
+
+    Args:
+        generating: the teacher's responses are generated, even if off_policy.steps is 0.
+
+    Raises:
+        ConfigError: one sentence: what is wrong, where, what to write instead.
+    """
+    check_bounds(config)
+    _check_combinations(config)
+    _check_loss(config)
+    _check_signal(config)
+    _check_preflight(config)
+    _check_objective(config, on_policy(config))
+    _check_off_policy(config)
+    _check_run_directory(config)
+    teachers = teacher_settings(config)
+    _check_routes(config)
+    for name, settings in teachers.items():
+        if name != DEFAULT:
+            check_bounds(settings, f"teachers.{name}.")
+    teacher = read_checkpoint(config.teacher.model, config.teacher.revision)
+    student = read_checkpoint(config.student.model, config.student.revision)
+    vocabulary = compare_tokenizers(teacher, student)
+    others = {}
+    for name, settings in teachers.items():
+        if name != DEFAULT:
+            others[name] = read_checkpoint(settings.model, settings.revision)
+            if (shared := compare_tokenizers(others[name], student).vocab_size) != vocabulary.vocab_size:
+                raise ConfigError(
+                    f"teachers.{name} shares {shared} tokens with the student and `{DEFAULT}` {vocabulary.vocab_size}: "
+                    "they must have the same vocabulary"
+                )
+    if config.student.thinking_switch:
+        add_thinking_switch(student.tokenizer)
+    if config.signal.kind in ("topk", "ids") and config.signal.top_k > vocabulary.vocab_size:
+        raise ConfigError(
+            f"signal.top_k={config.signal.top_k} is larger than the vocabulary of {vocabulary.vocab_size} tokens: "
+            "write a smaller one, or signal.kind=hidden for the whole distribution"
+        )
+    if (budget := config.rollout.thinking_budget) is not None:
+        check_thinking_budget(budget, "rollout.thinking_budget", config.rollout, student.tokenizer)
+    checkpoints = {DEFAULT: teacher, **others}
+    length = _check_lengths(config, teachers, checkpoints, student, generating)
+    if on_policy(config).needs_reference:
+        reference = reference_settings(config, config.student.model, config.student.revision)
+        check_parallel(
+            "reference",
+            student.config,
+            tensor_parallel=reference.tensor_parallel,
+            pipeline_parallel=reference.pipeline_parallel,
+            expert_parallel=reference.expert_parallel,
+            overrides=_changed_fields(config.student),
+        )
+    for name, settings in teachers.items():
+        check_parallel(
+            section(name),
+            checkpoints[name].config,
+            tensor_parallel=settings.tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel,
+            expert_parallel=settings.expert_parallel,
+        )
+        check_weights(checkpoints[name])
+    if config.student.init == "pruned" and config.student.keep_layers is not None:
+        evenly_spaced(student.config.get_text_config().num_hidden_layers, config.student.keep_layers)
+    rollout = config.rollout
+    check_parallel(
+        "rollout",
+        student.config,
+        tensor_parallel=rollout.tensor_parallel,
+        pipeline_parallel=rollout.pipeline_parallel,
+        expert_parallel=rollout.expert_parallel,
+        overrides=_changed_fields(config.student),
+    )
+    if config.student.init != "fresh":
+        check_weights(student)
+    return ModelPair(teacher, student, vocabulary, length)
+
+
+def _changed_fields(student: StudentConfig) -> dict[str, Any]:
+    """Fields of the student's configuration that differ from those of ``student.model``."""
+    if student.init == "pruned":
+        return {"num_hidden_layers": student.keep_layers}
+    return dict(student.overrides) if student.init == "fresh" else {}
+
+
+def _check_lengths(
+    config: Config,
+    teachers: dict[str, TeacherConfig],
+    checkpoints: dict[str, Checkpoint],
+    student: Checkpoint,
+    generating: bool,
+) -> int:
+    """Prompts and responses fit the models' contexts and the teachers' engines.
+
+    Returns:
+        The longest prompt plus response of the student's, tokens.
+    """
+    data, off = config.data, config.off_policy
+    length = data.max_prompt_tokens + config.rollout.max_tokens
+    lengths = {"rollout.max_tokens": length}
+    if generating or _uses_off_policy(config):
+        lengths["off_policy.max_tokens"] = data.max_prompt_tokens + off.max_tokens
+    scored = {"rollout.max_tokens": config.loop.steps > 0, "off_policy.max_tokens": bool(_scored_responses(config))}
+    for setting, tokens in lengths.items():
+        for side, checkpoint in (*checkpoints.items(), ("student", student)):
+            if checkpoint.max_model_len is not None and tokens > checkpoint.max_model_len:
+                raise ConfigError(
+                    f"data.max_prompt_tokens + {setting} = {tokens} is more than the {side}'s context of "
+                    f"{checkpoint.max_model_len} tokens: write smaller ones"
+                )
+        for name, teacher in teachers.items():
+            if scored[setting] and teacher.max_model_len is not None and teacher.max_model_len < tokens:
+                raise ConfigError(
+                    f"{section(name)}.max_model_len={teacher.max_model_len} is less than data.max_prompt_tokens + "
+                    f"{setting} = {tokens}, which it scores: write at least {tokens}, or null"
+                )
+    for name, teacher in teachers.items():
+        context = checkpoints[name].max_model_len
+        if teacher.max_model_len is not None and context is not None and teacher.max_model_len > context:
+            raise ConfigError(
+                f"{section(name)}.max_model_len={teacher.max_model_len} is more than the model's context of {context} "
+                "tokens: write a smaller one, or null"
+            )
+    return length
+
+
+def check_resources(config: Config, device: str, available: dict[str, float]) -> None:
+    """Compares what the actors reserve with what the cluster has.
+
+    Args:
+        available: Ray's cluster resources.
+
+    Raises:
+        ConfigError: names the resource, how much is asked for, and how much there is.
+    """
+    if _uses_off_policy(config) and config.off_policy.path is None:
+        check_generation(config, device, available)
+    rollout, learner = config.rollout, config.learner
+    if learner.zero_stage == 0 and (dtype := resolve_dtype(learner.dtype, device)) != "float32":
+        raise ConfigError(
+            f"learner.zero_stage=0 would accumulate gradients in {dtype}: write learner.zero_stage=1, or "
+            "learner.dtype=float32"
+        )
+    teachers = list(teacher_settings(config).values())
+    if on_policy(config).needs_reference:
+        teachers.append(reference_settings(config, config.student.model, config.student.revision))
+    teacher_cpus = sum(teacher.replicas * teacher.cpus for teacher in teachers)
+    cpus = teacher_cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
+    there = available.get("CPU", 0)
+    if cpus > there:
+        raise ConfigError(
+            f"the run reserves {cpus:g} CPUs (teachers {teacher_cpus:g}, rollout engines "
+            f"{rollout.engines} x {rollout.cpus:g}, learner ranks {learner.ranks} x {learner.cpus:g}) but the cluster "
+            f"has {there:g}: ask for fewer, or for smaller shares (teacher.cpus, rollout.cpus, learner.cpus)"
+        )
+    if device == "cuda":
+        of_teachers = sum(t.replicas * t.tensor_parallel * t.pipeline_parallel for t in teachers)
+        of_rollouts = rollout.engines * rollout.tensor_parallel * rollout.pipeline_parallel
+        gpus = of_teachers + of_rollouts + learner.ranks * learner.gpus
+        there = available.get("GPU", 0)
+        if gpus > there:
+            raise ConfigError(
+                f"the run asks for {gpus:g} GPUs (teachers {of_teachers}, rollout engines {of_rollouts}, learner "
+                f"{learner.ranks * learner.gpus:g}) but the cluster has {there:g}"
+            )
+
+
+def check_generation(config: Config, device: str, available: dict[str, float]) -> None:
+    """:func:`check_resources` for the engines that generate the teacher's responses; nothing else runs beside them."""
+    teacher = config.teacher
+    engines = config.off_policy.engines or teacher.replicas
+    world = teacher.tensor_parallel * teacher.pipeline_parallel
+    needs = {"CPU": engines * teacher.cpus, "GPU": engines * world if device == "cuda" else 0}
+    for resource, needed in needs.items():
+        if needed > (there := available.get(resource, 0)):
+            raise ConfigError(
+                f"{engines} engines that generate the teacher's responses take {needed:g} {resource}s but the cluster "
+                f"has {there:g}: write a smaller off_policy.engines"
+            )
+
+
+def _check_combinations(config: Config) -> None:
+    data = config.data
+    if data.think_ratio_end is not None and data.think_ratio is None:
+        raise ConfigError(
+            f"data.think_ratio_end={data.think_ratio_end} without data.think_ratio: write where it starts"
+        )
+    if data.think_ratio is not None and len(data.modes) == 1:
+        raise ConfigError(
+            f"data.think_ratio={data.think_ratio} mixes two modes, and data.modes has {data.modes[0]} alone: "
+            "leave one of them out"
+        )
+    if config.loop.steps == config.off_policy.steps == 0:
+        raise ConfigError("loop.steps=0 and off_policy.steps=0: there is nothing to do; give one of them steps")
+    if config.run.deterministic and config.loop.max_staleness:
+        raise ConfigError(
+            f"run.deterministic=true with loop.max_staleness={config.loop.max_staleness}: overlapped batches meet in "
+            "the engines differently each time; write loop.max_staleness=0"
+        )
+    for name, teacher in teacher_settings(config).items():
+        check_batches(section(name), teacher)
+    check_batches("rollout", config.rollout)
+    if config.student.init == "pruned" and config.student.keep_layers is None:
+        raise ConfigError("student.init=pruned: say how many layers to keep with student.keep_layers")
+
+
+def check_batches(section: str, engine: TeacherConfig | RolloutConfig) -> None:
+    """Raises ConfigError if an engine's batch has not a token for each of its requests."""
+    if engine.max_batched_tokens is not None and engine.max_batched_tokens < engine.max_sequences:
+        raise ConfigError(
+            f"{section}.max_batched_tokens={engine.max_batched_tokens} is less than {section}.max_sequences="
+            f"{engine.max_sequences}, and each takes a token: write more tokens, or fewer sequences"
+        )
+
+
+def on_policy(config: Config) -> Objective:
+    """The objective of the on-policy phase.
+
+    Raises:
+        ConfigError: there is none of that name for this phase, or a setting of it is out of range.
+    """
+    return objective_class(config.loss.objective, "loss.objective", "on_policy").make(config)
+
+
+def off_policy(config: Config) -> Objective:
+    """The objective of the off-policy phase; errors as of :func:`on_policy`."""
+    return objective_class(config.off_policy.loss, "off_policy.loss", "off_policy").make(config)
+
+
+def _check_loss(config: Config) -> None:
+    loss, kind = config.loss, config.signal.kind
+    try:
+        divergence_of(loss)
+    except ValueError as error:
+        raise ConfigError(f"loss.divergence={loss.divergence}: {error}") from error
+    known = [*on_policy(config).options(), *parameters_of(DIVERGENCES[loss.divergence])]
+    for name in loss.options:
+        if name not in known:
+            what = f"loss.objective={loss.objective} and loss.divergence={loss.divergence}"
+            there = did_you_mean(name, known) or f": their settings are {', '.join(known) or 'none'}"
+            raise ConfigError(f"unknown setting loss.options.{name} of {what}{there}")
+    if kind != "sampled" and (loss.discount or loss.importance_limit is not None):
+        raise ConfigError(
+            f"loss.discount and loss.importance_limit are for policy gradients from sampled tokens, and "
+            f"signal.kind={kind} has a distribution at each: write signal.kind=sampled, or leave them out"
+        )
+    support = signal_support(kind, loss.divergence)
+    if support.strength == "not possible":
+        raise ConfigError(f"signal.kind={kind} does not support loss.divergence={loss.divergence}: {support.reason}")
+
+
+def _check_objective(config: Config, objective: Objective) -> None:
+    """What the objective needs is there."""
+    loop, rollout, reward = config.loop, config.rollout, config.reward
+    if loop.unreliable_weight < 1 and not config.off_policy.filters.verified:
+        raise ConfigError(
+            f"loop.unreliable_weight={loop.unreliable_weight} needs the verdicts on the teacher's answers: write "
+            "off_policy.filters.verified=true"
+        )
+    what = f"loss.objective={objective.name}"
+    objective.check(config)
+    if reward.weight and objective.reward_needed == "unused":
+        raise ConfigError(f"{what} has no reward, and reward.weight={reward.weight}: write loss.objective=kdrl, or 0")
+    if config.reference and not objective.needs_reference:
+        raise ConfigError(f"{what} has no reference model, and `reference` is set: leave it out")
+    if objective.groups and loop.samples_per_prompt < 2:
+        raise ConfigError(
+            f"{what} compares the responses to a prompt with each other: write loop.samples_per_prompt=2 or more"
+        )
+    if not objective.own_samples_only:
+        return
+    if loop.off_policy_fraction:
+        raise ConfigError(f"{what} trains on what the student sampled: write loop.off_policy_fraction=0")
+    if rollout.temperature != config.loss.temperature or rollout.top_p != 1 or rollout.top_k != -1:
+        raise ConfigError(
+            f"{what} needs the log-probs of what was sampled: write rollout.temperature={config.loss.temperature} "
+            "(that of the loss), rollout.top_p=1, rollout.top_k=-1"
+        )
+
+
+def _check_routes(config: Config) -> None:
+    """Tasks that a teacher takes must be the run's."""
+    for route in routes(config):
+        for task in route.tasks:
+            if config.data.tasks and task not in config.data.tasks:
+                raise ConfigError(
+                    f"teachers.{route.name}.tasks names {task!r}, which is not in data.tasks "
+                    f"({', '.join(config.data.tasks)})"
+                )
+
+
+def check_prompts(config: Config, models: ModelPair, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """What the objective and the teachers need of the prompts.
+
+    Returns:
+        Tokens that each teacher's context adds to a prompt at most, see :func:`s2w.teacher.routing.context_lengths`.
+
+    Raises:
+        ConfigError: names the first prompt that has no verifier, or not what a teacher's context asks for.
+    """
+    objective = on_policy(config)
+    if config.loop.steps and objective.reward_needed == "required":
+        for prompt in prompts:
+            if not prompt.task:
+                raise ConfigError(
+                    f"loss.objective={objective.name} needs prompts whose answers can be checked, and {prompt.uid!r} "
+                    "has neither `task` nor `answer`"
+                )
+    return context_lengths(config, models.student.tokenizer, prompts)
+
+
+def _check_signal(config: Config) -> None:
+    signal = config.signal
+    objective = on_policy(config)
+    if signal.bias_every and not objective.signals:
+        raise ConfigError(
+            f"signal.bias_every={signal.bias_every}: with loss.objective={objective.name} no signal reaches the "
+            "learner; write 0"
+        )
+    if signal.kind == "hidden":
+        return
+    _check_sampling(config)
+    if signal.dtype != "auto":
+        raise ConfigError(
+            f"signal.dtype={signal.dtype} says how hidden states travel, and signal.kind={signal.kind} sends none: "
+            "write signal.dtype=auto"
+        )
+    if signal.bias_every:
+        raise ConfigError(
+            f"signal.bias_every={signal.bias_every} compares with the whole distribution, which "
+            f"signal.kind={signal.kind} does not have: write signal.kind=hidden, or signal.bias_every=0"
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    """What the student samples from must be what the signals ``sampled`` and ``ids`` are about.
+
+    ``sampled`` estimates a sum over the vocabulary, at loss.temperature, from draws of the engine's distribution, and
+    weighs each by the ratio of the two: right on average where every token can be drawn. A token that top-p, top-k or
+    greedy sampling leaves out never is. A ratio at one token does not correct what follows it, and a limit on ratios
+    would cut fresh ones too: with loss.discount or loss.importance_limit both temperatures must be the same.
+
+    The candidates of ``ids`` are the likeliest of the engine's distribution, where all tokens left out are alike.
+    """
+    rollout, loss, kind = config.rollout, config.loss, config.signal.kind
+    cut = rollout.top_p != 1 or rollout.top_k != -1
+    if kind == "sampled" and (cut or rollout.temperature == 0):
+        raise ConfigError(
+            "signal.kind=sampled estimates the divergence from sampled tokens, and tokens that are never sampled bias "
+            "it: write rollout.top_p=1, rollout.top_k=-1 and a rollout.temperature above 0"
+        )
+    credited = loss.discount or loss.importance_limit is not None
+    if kind == "sampled" and credited and rollout.temperature != loss.temperature:
+        raise ConfigError(
+            f"signal.kind=sampled with loss.discount or loss.importance_limit needs samples at the temperature of the "
+            f"loss: write rollout.temperature={loss.temperature}"
+        )
+    few = 0 < rollout.top_k < config.signal.top_k or rollout.top_p != 1
+    if kind == "ids" and few:
+        raise ConfigError(
+            f"signal.kind=ids needs signal.top_k={config.signal.top_k} candidates that the student may sample: write "
+            f"rollout.top_p=1 and rollout.top_k=-1, or at least {config.signal.top_k}"
+        )
+
+
+def _check_preflight(config: Config) -> None:
+    way, kind, temperature = config.run.preflight, config.signal.kind, config.loss.temperature
+    for name, teacher in teacher_settings(config).items():
+        if way != "none" and (teacher.context is not None or teacher.system_prompt is not None):
+            raise ConfigError(
+                f"run.preflight={way} compares what teachers say of the student's own prompts, and {section(name)} "
+                "reads others (context, system_prompt): write run.preflight=none"
+            )
+    if way == "log_probs" and kind != "hidden" and temperature != 1:
+        raise ConfigError(
+            f"run.preflight=log_probs compares log-probs at temperature 1, and signal.kind={kind} has those of "
+            f"loss.temperature={temperature:g}: write run.preflight=divergence"
+        )
+
+
+def _check_off_policy(config: Config) -> None:
+    off = config.off_policy
+    if off.path is not None:
+        for file in response_files(Path(off.path).expanduser()):
+            next(rows(file), None)
+    off_policy(config).check(config)
+    kind = config.signal.kind
+    off_policy_prompts(config.loop)
+    scored = _scored_responses(config)
+    if scored and kind not in ("hidden", "topk"):
+        raise ConfigError(
+            f"{scored[0]} with signal.kind={kind}: the student has not sampled the teacher's "
+            "responses, so only hidden and topk say what is needed"
+        )
+
+
+def _scored_responses(config: Config) -> list[str]:
+    """The settings that have the teacher score its own responses, as they are written."""
+    off, fraction = config.off_policy, config.loop.off_policy_fraction
+    candidates = (
+        (f"off_policy.loss={off.loss}", off.steps and off_policy(config).signals),
+        (f"loop.off_policy_fraction={fraction}", fraction),
+    )
+    return [setting for setting, used in candidates if used]
+
+
+def off_policy_prompts(loop: LoopConfig) -> int:
+    """Prompts of a batch whose responses are the teacher's.
+
+    Raises:
+        ConfigError: ``loop.off_policy_fraction`` rounds to none of the prompts, or to all.
+    """
+    count = round(loop.off_policy_fraction * loop.prompts_per_step)
+    if loop.off_policy_fraction and not 0 < count < loop.prompts_per_step:
+        raise ConfigError(
+            f"loop.off_policy_fraction={loop.off_policy_fraction} of loop.prompts_per_step={loop.prompts_per_step} "
+            f"rounds to {count} prompts: write more prompts, or another fraction"
+        )
+    return count
+
+
+def _uses_off_policy(config: Config) -> bool:
+    """The run needs responses of the teacher in one of its phases."""
+    loop = config.loop
+    return config.off_policy.steps > 0 or loop.off_policy_fraction > 0 or loop.unreliable_weight < 1
+
+
+def _check_run_directory(config: Config) -> None:
+    """A run directory can be written, and belongs to one configuration."""
+    directory = Path(config.run.dir)
+    check_writable("run.dir", directory)
+    stored = directory / "config.yaml"
+    if not stored.exists():
+        if config.run.resume:
+            raise ConfigError(f"run.resume=true, but {directory} holds no run: there is no {stored}")
+        return
+    may_change = set(resumable(Config))
+    for name, before, now in _differences(OmegaConf.to_container(OmegaConf.load(stored)), _plain(config)):
+        if name not in may_change:
+            raise ConfigError(
+                f"run.dir={directory} belongs to a run with {name}={before}, not {now}: "
+                "choose another run.dir, or the settings of that run"
+            )
+    if not config.run.resume:
+        raise ConfigError(
+            f"run.dir={directory} already holds this run: add run.resume=true to continue it, or choose another run.dir"
+        )
+
+
+def check_writable(setting: str, directory: Path) -> None:
+    """A directory is there and may be written, or may be made.
+
+    Raises:
+        ConfigError: it is below a file, is one, or may not be written.
+    """
+    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{setting}={directory}: {nearest} is a file, not a directory: choose another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{setting}={directory}: {nearest} may not be written: choose another one")
+
+
+def _plain(config: Config) -> Any:
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{prefix}{name}.")
+    elif before != now:
+        yield prefix.removesuffix("."), before, now

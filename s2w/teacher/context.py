@@ -1,0 +1,85 @@
+"""Privileged context: a teacher is asked with more than the student sees, and scores the student's tokens under it.
+
+On-policy self-distillation (OPSD, arXiv 2601.18734) where teacher and student are the same model: shown the reference
+answer, it is a teacher to itself.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from s2w.config.schema import TeacherConfig
+from s2w.errors import ConfigError, did_you_mean
+from s2w.models.modes import render, supported_modes
+from s2w.records import Prompt, Rollout
+
+
+class Context:
+    """What one teacher sees in place of the student's prompts.
+
+    Args:
+        setting: name of the teacher's section, for the text of an error.
+        teacher: its settings, with ``context`` or ``system_prompt``.
+        tokenizer: the student's, whose vocabulary the teacher shares.
+        chat_template_kwargs: as of :func:`s2w.models.modes.render`.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        teacher: TeacherConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._setting, self._template, self._system = setting, teacher.context, teacher.system_prompt
+        self._tokenizer, self._kwargs = tokenizer, dict(chat_template_kwargs)
+        self._rendered: dict[tuple[tuple[str, ...], str], np.ndarray] = {}
+
+    def prompt(self, prompt: Prompt) -> Prompt:
+        """What the teacher sees of a prompt.
+
+        Raises:
+            ConfigError: the template asks for something that the prompt does not have.
+        """
+        key = tuple(message["content"] for message in prompt.messages), prompt.mode
+        if key not in self._rendered:
+            text = render(self._tokenizer, self._messages(prompt), prompt.mode, self._kwargs)
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            self._rendered[key] = np.asarray(ids, np.int32)
+        return replace(prompt, token_ids=self._rendered[key])
+
+    def rollout(self, rollout: Rollout) -> Rollout:
+        """The same response, behind what the teacher sees."""
+        return replace(rollout, prompt=self.prompt(rollout.prompt))
+
+    def longest(self, prompts: Sequence[Prompt]) -> int:
+        """Tokens that the context adds to one of ``prompts`` at most, in any mode; errors as of :meth:`prompt`."""
+        modes = supported_modes(self._tokenizer)
+        variants = [replace(prompt, mode=mode) for prompt in prompts for mode in modes]
+        return max((len(self.prompt(one).token_ids) - len(one.token_ids) for one in variants), default=0)
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        messages = [dict(message) for message in prompt.messages]
+        if self._template is not None:
+            last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+            messages[last]["content"] = self._filled(self._template, prompt, messages[last]["content"])
+        if self._system is not None:
+            own = [message for message in messages if message["role"] != "system"]
+            messages = [{"role": "system", "content": self._system}, *own]
+        return messages
+
+    def _filled(self, template: str, prompt: Prompt, question: str) -> str:
+        known = {"question": question, "answer": prompt.answer} | {
+            name: value for name, value in prompt.metadata.items() if isinstance(value, str)
+        }
+        for _, name, _, _ in string.Formatter().parse(template):
+            if name and known.get(name) is None:
+                there = "has no answer" if name == "answer" else f"knows no such thing{did_you_mean(name, known)}"
+                raise ConfigError(f"{self._setting}.context has {{{name}}}, and prompt {prompt.uid!r} {there}")
+        return template.format(**known)

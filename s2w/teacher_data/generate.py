@@ -1,0 +1,194 @@
+"""The teacher answers: vLLM engines with its checkpoint write responses into Parquet shards.
+
+A response is known by prompt uid, mode and sample; those that a shard already holds are not written again, so an
+interrupted generation continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from s2w.actors.calls import each
+from s2w.actors.hardware import resolve_dtype
+from s2w.config.schema import Config, RolloutConfig
+from s2w.data.prompts import build_prompts
+from s2w.models.checkpoint import ModelReference
+from s2w.models.modes import supported_modes
+from s2w.models.pair import ModelPair
+from s2w.observe.progress import Progress
+from s2w.records import Mode, Prompt, Request, Rollout
+from s2w.rollout.pool import RolloutPool
+from s2w.teacher_data.response import Response
+from s2w.teacher_data.shards import VOCABULARY, ShardStore, vocabulary_hash
+
+
+def teacher_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The training prompts, each in every mode of the run; one that says its own mode is there in that mode only."""
+    modes: list[Mode] = list(config.data.modes) or list(supported_modes(tokenizer))
+    by_mode = [build_prompts(config.data, tokenizer, config.run.seed, [mode])[0] for mode in modes]
+    count = config.off_policy.prompts
+    versions = [same[:count] for same in by_mode]
+    unique = {(prompt.uid, prompt.mode): prompt for same in zip(*versions, strict=True) for prompt in same}
+    return list(unique.values())
+
+
+def open_store(config: Config, models: ModelPair, directory: Path) -> ShardStore:
+    """The shards of this run's generation.
+
+    Raises:
+        ConfigError: the directory holds responses that were generated with other settings.
+    """
+    off = config.off_policy
+    template = models.student.tokenizer.chat_template
+    provenance: dict[str, Any] = {
+        "teacher": config.teacher.model,
+        "revision": config.teacher.revision,
+        "dtype": config.teacher.dtype,
+        "temperature": off.temperature,
+        "top_p": off.top_p,
+        "top_k": off.top_k,
+        "max_tokens": off.max_tokens,
+        "seed": config.run.seed,
+        VOCABULARY: vocabulary_hash(models.student.tokenizer),
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(),
+        "chat_template_kwargs": dict(config.data.chat_template_kwargs),
+        "system_prompt": config.data.system_prompt,
+    }
+    return ShardStore(directory, provenance)
+
+
+def engine_settings(config: Config) -> RolloutConfig:
+    """The pool of engines that run the teacher as a writer."""
+    teacher, off = config.teacher, config.off_policy
+    return RolloutConfig(
+        engines=off.engines or teacher.replicas,
+        tensor_parallel=teacher.tensor_parallel,
+        pipeline_parallel=teacher.pipeline_parallel,
+        expert_parallel=teacher.expert_parallel,
+        max_tokens=off.max_tokens,
+        temperature=off.temperature,
+        top_p=off.top_p,
+        top_k=off.top_k,
+        dtype=teacher.dtype,
+        max_sequences=teacher.max_sequences,
+        max_batched_tokens=teacher.max_batched_tokens,
+        gpu_memory_utilization=teacher.gpu_memory_utilization,
+        kv_cache_gib=teacher.kv_cache_gib,
+        enforce_eager=teacher.enforce_eager,
+        cpus=teacher.cpus,
+        threads=teacher.threads,
+    )
+
+
+async def generate(
+    config: Config, models: ModelPair, prompts: list[Prompt], store: ShardStore, device: str, progress: Progress
+) -> None:
+    """Writes the responses that ``store`` lacks; starts the teacher's engines only if it lacks any, and ends them.
+
+    Interrupted, it writes what is finished first.
+    """
+    off = config.off_policy
+    there = store.keys()
+    requests = [
+        Request(prompt, sample)
+        for sample in range(off.samples_per_prompt)
+        for prompt in prompts
+        if (prompt.uid, prompt.mode, sample) not in there
+    ]
+    total = len(prompts) * off.samples_per_prompt
+    if not requests:
+        progress.say(f"all {total:,} responses of the teacher are in {store.directory}")
+        return
+    settings = engine_settings(config)
+    progress.say(
+        f"the teacher answers {len(prompts):,} prompts: {len(requests):,} of {total:,} responses to write; "
+        f"starting {settings.engines} engines ..."
+    )
+    pool = RolloutPool(
+        settings,
+        model=ModelReference.of(config.teacher.model, config.teacher.revision),
+        device=device,
+        dtype=resolve_dtype(settings.dtype, device),
+        max_model_len=config.data.max_prompt_tokens + off.max_tokens,
+        vocab_size=models.vocabulary.vocab_size,
+        candidates=0,
+        stop_token_ids=models.teacher.eos_token_ids,
+    )
+    try:
+        await pool.start(0, config.cluster.start_timeout_s)
+        writer = ShardWriter(store, models.student.tokenizer, off.shard_responses, len(requests), progress)
+        if config.run.deterministic:
+            await write_in_batches(pool, requests, writer)
+        else:
+            # Twice what the engines run at once, so that none waits for a request.
+            await write(pool, requests, 2 * settings.engines * settings.max_sequences, writer)
+    finally:
+        await pool.shutdown()
+
+
+class ShardWriter:
+    """Collects finished rollouts and writes a shard whenever there are enough.
+
+    Args:
+        total: responses to come, for the progress lines.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        tokenizer: PreTrainedTokenizerBase,
+        shard_responses: int,
+        total: int,
+        progress: Progress,
+    ) -> None:
+        self.store, self.tokenizer, self.progress = store, tokenizer, progress
+        self.shard_responses, self.total = shard_responses, total
+        self.finished: list[Rollout] = []
+        self.written = self.tokens = 0
+        self.began = time.monotonic()
+
+    def add(self, rollout: Rollout) -> None:
+        """Takes one rollout; it is safe once its shard is full or :meth:`flush` was called."""
+        self.finished.append(rollout)
+        if len(self.finished) == self.shard_responses:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is there, if anything is."""
+        if not self.finished:
+            return
+        texts = self.tokenizer.batch_decode([r.token_ids.tolist() for r in self.finished], skip_special_tokens=True)
+        self.store.add(
+            [
+                Response(rollout.prompt, rollout.sample, rollout.token_ids, text, rollout.finish_reason)
+                for rollout, text in zip(self.finished, texts, strict=True)
+            ]
+        )
+        self.written += len(self.finished)
+        self.tokens += sum(len(rollout.token_ids) for rollout in self.finished)
+        self.finished = []
+        rate = self.tokens / (time.monotonic() - self.began)
+        self.progress.say(f"{self.written:,} of {self.total:,} responses written, {rate:,.0f} tokens/s")
+
+
+async def write(pool: RolloutPool, requests: Sequence[Request], at_once: int, writer: ShardWriter) -> None:
+    """Generates the responses, ``at_once`` at a time; whatever ends it, all that are finished are written."""
+    try:
+        await each(requests, pool.generate, at_once=at_once, done=lambda _, rollout: writer.add(rollout))
+    finally:
+        writer.flush()
+
+
+async def write_in_batches(pool: RolloutPool, requests: Sequence[Request], writer: ShardWriter) -> None:
+    """Generates shard by shard, each repeatable bit for bit; slower, since a shard waits for its longest response."""
+    size = writer.shard_responses
+    for start in range(0, len(requests), size):
+        for rollout in await pool.generate_batch(requests[start : start + size]):
+            writer.add(rollout)
+    writer.flush()
