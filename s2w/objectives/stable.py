@@ -23,8 +23,8 @@ class StableDistillation(Objective):
     first weights of this phase. Truncated and repetitive responses are left out.
 
     Stable-OPD's other part, a share of good responses in every batch, is ``loop.off_policy_fraction``: 0.2 is the
-    paper's one in five. (The paper takes them from a data set and trains on their log-loss; here they are the teacher's and are
-    distilled like the others.) The masks are ours: the paper has none, its repetition is a metric.
+    paper's one in five. (The paper takes them from a data set and trains on their log-loss; here they are the teacher's
+    and are distilled like the others.) The masks are ours: the paper has none, its repetition is a metric.
     """
 
     source = "Stable-OPD, arXiv 2604.08527, eq. 6"
