@@ -121,7 +121,7 @@ def _report(arguments: list[str]) -> int:
 
 def _signals(arguments: list[str]) -> int:
     run, output = _run_and_output(arguments, "signals", "a file", "FILE.png")
-    from s2w.report.signals import write_signals
+    from s2w.report.signal_bias import write_signals
 
     table, path = write_signals(run, output)
     print(table)

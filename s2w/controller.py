@@ -15,10 +15,10 @@ import numpy as np
 from s2w.actors.calls import each
 from s2w.actors.stopping import uninterrupted
 from s2w.config.schema import LoopConfig
-from s2w.data.prompts import PromptStream
+from s2w.data.stream import PromptStream
 from s2w.eval.grading import Graded, Grader
 from s2w.eval.heldout import heldout_responses, heldout_samples
-from s2w.eval.report import mode_scores
+from s2w.eval.scores import mode_scores
 from s2w.learner.group import LearnerGroup, LearnerStep
 from s2w.learner.saver import Saver, due
 from s2w.objectives import Objective

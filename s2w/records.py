@@ -170,7 +170,7 @@ class Heldout:
     response_length: float
     by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
     """By mode: prompts, mode_adherence, truncated, response_length, and accuracy where prompts have a verifier; see
-    :func:`s2w.eval.report.mode_scores`."""
+    :func:`s2w.eval.scores.mode_scores`."""
 
 
 @dataclass(frozen=True, slots=True)

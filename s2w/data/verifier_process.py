@@ -13,9 +13,12 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 
 from s2w.data import tasks
-from s2w.data.verifiers import verify
+from s2w.data.verifiers import prepare, verify
 from s2w.errors import ConfigError
 from s2w.records import Prompt
+
+IMPORT_S = 120.0
+"""Seconds that the import of a verifier may take, once in a process: they are no answer's."""
 
 
 class VerifierClosedError(RuntimeError):
@@ -42,18 +45,40 @@ class VerifierProcess:
             ConfigError: as there.
             VerifierClosedError: the process was ended, here or from another thread.
         """
+        if prompt.task not in self._prepared:
+            self._prepare(prompt.task)
         try:
-            self._connection.send((prompt, answer_text))
-            result = self._connection.recv() if self._connection.poll(self._timeout_s) else None
-        except (EOFError, OSError):
-            result = None
-        if result is None:
-            self._end()
-            self._start()
+            return self._ask((prompt, answer_text), self._timeout_s)
+        except OSError:
+            self._restart()
             return 0.0
+
+    def _prepare(self, task: str) -> None:
+        try:
+            self._ask(task, IMPORT_S)
+        except OSError:
+            self._restart()
+            raise ConfigError(
+                f"task {task!r}: the import of its verifier took more than {IMPORT_S:g} s, or ended the process"
+            ) from None
+        self._prepared.add(task)
+
+    def _ask(self, request: str | tuple[Prompt, str], timeout_s: float) -> float:
+        """What the process answers; OSError if it does not, in time or at all."""
+        try:
+            self._connection.send(request)
+            if not self._connection.poll(timeout_s):
+                raise TimeoutError
+            result = self._connection.recv()
+        except EOFError as error:
+            raise ConnectionError from error
         if isinstance(result, ConfigError):
             raise result
         return result
+
+    def _restart(self) -> None:
+        self._end()
+        self._start()
 
     def close(self) -> None:
         """Ends the process, whatever it is doing, for good; from any thread."""
@@ -69,6 +94,7 @@ class VerifierProcess:
         self.close()
 
     def _start(self) -> None:
+        self._prepared: set[str] = set()
         with self._changing:
             if self._closed:
                 raise VerifierClosedError("the verifier's process has been ended")
@@ -94,13 +120,14 @@ def _serve(connection: Connection, timeout_s: float) -> None:
     connection.send("ready")
     while True:
         try:
-            prompt, answer_text = connection.recv()
+            request = connection.recv()
         except EOFError:
             return  # The parent is gone.
         # If the parent goes while an answer holds the interpreter, only the kernel can end this process.
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
+        limit = IMPORT_S if isinstance(request, str) else timeout_s
+        signal.setitimer(signal.ITIMER_REAL, limit + 1)
         try:
-            connection.send(verify(prompt, answer_text))
+            connection.send(prepare(request) if isinstance(request, str) else verify(*request))
         except ConfigError as error:
             connection.send(error)
         except BrokenPipeError:

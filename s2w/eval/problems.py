@@ -5,41 +5,32 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import EvalConfig
 from s2w.data.files import read_rows
-from s2w.data.prompts import parse_messages
+from s2w.data.questions import (
+    Question,
+    as_prompts,
+    check_prompt,
+    generated_question,
+    read_messages,
+    with_system_prompt,
+)
 from s2w.data.tasks import check_task, derive_seed, generate
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import hub_answers
-from s2w.models.modes import render
 from s2w.records import Mode, Prompt
 
 HUB_FILE = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>.+)")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A question with what is needed to check its answers."""
-
-    uid: str
-    messages: tuple[dict[str, str], ...]
-    task: str
-    answer: str | None
-    """None where the task's verifier needs none."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-def read_problems(config: EvalConfig) -> list[Problem]:
+def read_problems(config: EvalConfig) -> list[Question]:
     """The problems of ``eval.tasks`` or ``eval.path``.
 
     Raises:
@@ -56,55 +47,30 @@ def read_problems(config: EvalConfig) -> list[Problem]:
         check_task(name)
         options = config.task_options.get(name) or {}
         _, entries = generate(name, 0, config.problems, config.seed, options)
-        problems += [
-            Problem(
-                uid=f"{name}/heldout/{i}",
-                messages=({"role": "user", "content": entry["question"]},),
-                task=name,
-                answer=entry["answer"],
-                metadata={"entry": entry, "options": options},
-            )
-            for i, entry in enumerate(entries)
-        ]
+        problems += [generated_question(name, "heldout", i, entry, options) for i, entry in enumerate(entries)]
     return problems
 
 
 def make_prompts(
-    problems: Sequence[Problem], mode: Mode, tokenizer: PreTrainedTokenizerBase, config: EvalConfig
+    problems: Sequence[Question], mode: Mode, tokenizer: PreTrainedTokenizerBase, config: EvalConfig
 ) -> list[Prompt]:
     """Every problem as a prompt in ``mode``.
 
     Raises:
         ConfigError: the chat template cannot ask for the mode, or a prompt is longer than eval.max_prompt_tokens.
     """
-    prompts = []
-    for problem in problems:
-        messages = problem.messages
-        if config.system_prompt is not None and messages[0]["role"] != "system":
-            messages = ({"role": "system", "content": config.system_prompt}, *messages)
-        # The template has written every special token already.
-        ids = tokenizer(render(tokenizer, messages, mode), add_special_tokens=False)["input_ids"]
-        if len(ids) > config.max_prompt_tokens:
+    asked = [(with_system_prompt(problem, config.system_prompt), mode) for problem in problems]
+    prompts = as_prompts(asked, tokenizer, ("eval", config.seed), {})
+    for prompt in prompts:
+        if len(prompt.token_ids) > config.max_prompt_tokens:
             raise ConfigError(
-                f"problem {problem.uid!r} has {len(ids)} tokens, more than eval.max_prompt_tokens="
+                f"problem {prompt.uid!r} has {len(prompt.token_ids)} tokens, more than eval.max_prompt_tokens="
                 f"{config.max_prompt_tokens}"
             )
-        prompts.append(
-            Prompt(
-                uid=problem.uid,
-                messages=messages,
-                token_ids=np.asarray(ids, dtype=np.int32),
-                mode=mode,
-                seed=derive_seed("eval", config.seed, problem.uid),
-                task=problem.task,
-                answer=problem.answer,
-                metadata=problem.metadata,
-            )
-        )
     return prompts
 
 
-def _file_problems(config: EvalConfig, location: str) -> list[Problem]:
+def _file_problems(config: EvalConfig, location: str) -> list[Question]:
     if "{question}" not in config.template:
         raise ConfigError("eval.template must contain {question}")
     path = _fetch(location)
@@ -126,9 +92,10 @@ def _file_problems(config: EvalConfig, location: str) -> list[Problem]:
             given, task = f"{str(given).strip()}\n\n{choices}", "exact_match"
         if isinstance(given, str):
             given = config.template.replace("{question}", given)
-        problems.append(
-            Problem(f"{path.stem}/{i}", parse_messages(f"{location!r}, row {i}", given), task, answer.strip())
-        )
+        where = f"{location!r}, row {i}"
+        messages = read_messages(where, given)
+        check_prompt(where, messages)
+        problems.append(Question(f"{path.stem}/{i}", messages, task, answer.strip()))
     return problems
 
 

@@ -18,7 +18,7 @@ from s2w.config.schema import EvalRun, RolloutConfig
 from s2w.errors import ConfigError
 from s2w.eval.grading import Grader
 from s2w.eval.problems import make_prompts, read_problems
-from s2w.eval.report import EvalReport, make_report
+from s2w.eval.scores import EvalReport, make_report
 from s2w.launch.check import check_batches
 from s2w.launch.cluster import connected
 from s2w.models.checkpoint import Checkpoint, ModelReference, read_checkpoint

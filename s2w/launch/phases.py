@@ -12,7 +12,7 @@ from typing import Any
 from s2w.actors.hardware import resolve_dtype
 from s2w.config.schema import Config
 from s2w.controller import Controller
-from s2w.data.prompts import prompt_stream
+from s2w.data.stream import prompt_stream
 from s2w.errors import ConfigError
 from s2w.eval.grading import Grader
 from s2w.launch import preflight

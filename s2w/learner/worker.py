@@ -33,7 +33,7 @@ from s2w.learner.messages import (
 )
 from s2w.learner.metrics import DIVERGENCE
 from s2w.learner.signal_bias import SignalSums
-from s2w.learner.signals import Fetched, HiddenParts, SignalStream, fetch, first_flaw, joined
+from s2w.learner.signal_fetch import Fetched, HiddenParts, SignalStream, fetch, first_flaw, joined
 from s2w.learner.student_model import StudentModel, Tokens, load_student
 from s2w.models.head import Head, load_head
 from s2w.models.shards import write_weights
@@ -274,7 +274,7 @@ class LearnerRank:
                 continue
             batch = self._token_batch(item.samples, signals, 1.0)
             assert batch.teacher is not None
-            values = log_probs_at(batch.teacher, batch.ids, self.spec.vocab_size, self.spec.loss.chunk_rows)
+            values = decoded_log_probs(batch.teacher, batch.ids, self.spec.vocab_size, self.spec.loss.chunk_rows)
             result += [part.numpy() for part in values.float().cpu().split(batch.counts)]
             refusal = refusal or self._hidden_flaw(item.samples, sample_sums(item.samples, values)[:, None])
         self._raise_together(refusal)
@@ -550,7 +550,7 @@ def sampled_log_probs(parts: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def log_probs_at(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk_rows: int) -> torch.Tensor:
+def decoded_log_probs(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk_rows: int) -> torch.Tensor:
     """What ``teacher`` says of the tokens ``ids`` (int64 [N]): [N] nats, NaN where it says nothing.
 
     Args:

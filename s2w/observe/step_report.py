@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2w.eval.grading import RESPONSE_LENGTH, Graded
-from s2w.eval.report import mode_scores
+from s2w.eval.scores import mode_scores
 from s2w.learner.group import LearnerStep
 from s2w.learner.metrics import GRAD_NORM, LEARNING_RATE, LEFT_OUT, LOSS, SKIPPED
 from s2w.metric import define

@@ -76,6 +76,7 @@ def draw(run: Run, lanes: Lanes | None) -> list[Picture]:
             speed_picture(run),
             off_policy_picture(run),
             training_picture(run),
+            further_picture(run),
         ]
     return [picture for picture in pictures if picture is not None]
 
@@ -99,7 +100,7 @@ def kl_picture(run: Run) -> Picture | None:
             axis.plot(versions, values, "o-", color=colour, label=label, markersize=4)
             low, high = ([getattr(point, end) if point else np.nan for point in points] for end in ("low", "high"))
             axis.fill_between(versions, low, high, color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=titles[metric], ylabel="nats a token", xlabel="policy version (updates)")
+        axis.set(title=titles[metric], ylabel="nats/token", xlabel="policy version (updates)")
         axis.set_ylim(bottom=0)
         _legend(axis)
     caption = "Fresh responses of the student to held-out prompts, averaged over sampled tokens."
@@ -152,10 +153,10 @@ def training_picture(run: Run) -> Picture | None:
         return None
     figure, axes = _panels(2, 3, 5.4)
     _trace_by_mode(axes[0], run, "divergence")
-    axes[0].set(title=f"divergence ({run.config['loss']['divergence']})", ylabel="nats a token")
+    axes[0].set(title=f"divergence ({run.config['loss']['divergence']})", ylabel="nats/token")
     _trace_by_mode(axes[1], run, "student_entropy")
     _trace_by_mode(axes[1], run, "teacher_entropy", linestyle="--")
-    axes[1].set(title="entropy: student —, teacher - -", ylabel="nats a token")
+    axes[1].set(title="entropy: student —, teacher - -", ylabel="nats/token")
     steps = series(run.steps, "step")
     _trace(axes[2], steps, series(run.steps, "agreement"), BLACK, "")
     axes[2].set(title="same most likely token", ylabel="share of tokens")
@@ -175,6 +176,37 @@ def training_picture(run: Run) -> Picture | None:
     return _picture("on_policy", "On-policy phase", "Means over the response tokens of each step's batch.", figure)
 
 
+SHOWN = frozenset(
+    ["loss", "divergence", "student_entropy", "teacher_entropy", "agreement", "grad_norm", "learning_rate", "response_length", "truncated", "accuracy", "mode_adherence", "tokens_per_second", "seconds", "swap_ms", "probe_error", "busy", "signal_bias"]
+)
+"""Metrics that other figures show."""
+
+
+def further_picture(run: Run) -> Picture | None:
+    """Every other metric of the on-policy steps that is a number and moves; None if there is none."""
+    found = [
+        metric
+        for metric in run.metrics.values()
+        if metric.name not in SHOWN and any(isinstance(line.get(metric.name), int | float) for line in run.steps)
+    ]
+    moving = [metric for metric in found if np.ptp(np.nan_to_num(series(run.steps, metric.name))) > 0]
+    if not moving:
+        return None
+    rows = -(-len(moving) // 4)
+    figure, axes = _panels(rows, 4, 2.6 * rows)
+    for axis, metric in zip(axes, moving, strict=False):
+        if metric.over == "tokens":
+            _trace_by_mode(axis, run, metric.name)
+        else:
+            _trace(axis, series(run.steps, "step"), series(run.steps, metric.name), BLACK, "")
+        axis.set(title=metric.name.replace("_", " "), ylabel="" if metric.unit == "1" else metric.unit, xlabel="step")
+        _legend(axis)
+    for axis in axes[len(moving) :]:
+        axis.set_axis_off()
+    caption = " ".join(f"{metric.name.replace('_', ' ')}: {metric.text}" for metric in moving)
+    return _picture("further", "Further metrics", caption, figure)
+
+
 def off_policy_picture(run: Run) -> Picture | None:
     """The off-policy phase; None if the run has none."""
     if not run.off_policy_steps:
@@ -187,15 +219,15 @@ def off_policy_picture(run: Run) -> Picture | None:
         axes[0].plot(
             [one.step for one in heldout], [one.loss for one in heldout], "o-", color=VERMILION, label="held-out"
         )
-    axes[0].set(title=f"loss ({run.config['off_policy']['loss']})", ylabel="nats a token")
+    axes[0].set(title=f"loss ({run.config['off_policy']['loss']})", ylabel="nats/token")
     _legend(axes[0])
     _trace(axes[1], steps, series(run.off_policy_steps, "agreement"), BLUE, "")
     axes[1].set(title="most likely token is right", ylabel="share of tokens")
     _trace(axes[2], steps, series(run.off_policy_steps, "student_entropy"), BLUE, "")
-    axes[2].set(title="entropy of the student", ylabel="nats a token")
+    axes[2].set(title="entropy of the student", ylabel="nats/token")
     for axis in axes:
         axis.set_xlabel("off-policy step")
-    caption = "The student learns the teacher's responses; held-out ones are never learned."
+    caption = "The student is trained on the teacher's responses; never on the held-out ones."
     return _picture("off_policy", "Off-policy phase", caption, figure)
 
 

@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from s2w.errors import ConfigError
+from s2w.metric import METRICS, Metric
+from s2w.observe.recorder import DEFINITIONS
 from s2w.observe.timeline import Stage
 from s2w.records import Heldout, HeldoutResponse, HeldoutSample, Mode, OffPolicyHeldout
 
@@ -43,9 +45,9 @@ class Run:
     config_text: str
     """``config.yaml`` as it is."""
     steps: list[Line]
-    """On-policy lines of ``metrics.jsonl``: :class:`~s2w.records.StepReport`, perhaps of an earlier version."""
+    """On-policy lines of ``metrics.jsonl`` (:mod:`s2w.observe.step_report`), perhaps of an earlier version."""
     off_policy_steps: list[Line]
-    """The same of :class:`~s2w.records.OffPolicyReport`."""
+    """The off-policy lines."""
     heldout: list[Heldout]
     responses: list[HeldoutResponse]
     samples: list[HeldoutSample]
@@ -53,6 +55,8 @@ class Run:
     filters: dict[str, Any] | None
     """:meth:`s2w.teacher_data.filters.Filtered.table`."""
     timeline: list[Work]
+    metrics: dict[str, Metric]
+    """Definitions of its metrics by name; those of this version of s2w where the run kept none."""
     wall_seconds: float | None
     """From the last start of the run to its end; None if it never came to one."""
 
@@ -110,6 +114,7 @@ def read_run(directory: Path) -> Run:
         off_policy_heldout=_records(directory / "off_policy" / "heldout.jsonl", OffPolicyHeldout),
         filters=filters,
         timeline=_records(directory / "timeline.jsonl", Work),
+        metrics=_metrics(directory / DEFINITIONS),
         wall_seconds=summary["wall_seconds"] if summary else None,
     )
 
@@ -148,6 +153,16 @@ def _records(path: Path, kind: type[Record]) -> list[Record]:
         except TypeError as error:
             raise ConfigError(f"{str(path)!r}, line {number}, was written by another version of s2w") from error
     return records
+
+
+def _metrics(path: Path) -> dict[str, Metric]:
+    definitions = _json(path)
+    if definitions is None:
+        return dict(METRICS)
+    try:
+        return {metric.name: metric for metric in (Metric(**definition) for definition in definitions)}
+    except TypeError as error:
+        raise ConfigError(f"{str(path)!r} was written by another version of s2w") from error
 
 
 def _json(path: Path) -> Any:

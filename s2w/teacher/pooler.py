@@ -142,7 +142,7 @@ def top_log_probs(
     return ids.gather(-1, chosen).int(), top - total, tail - total
 
 
-def log_probs_at(
+def sharded_log_probs(
     head: ShardedHead, hidden: torch.Tensor, temperature: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs at ``ids`` (int64 [rows, k]) and log mass of all others: float32 [rows, k] and [rows, 1]."""
@@ -242,7 +242,7 @@ class TeacherPooler(Pooler):
                 top, log_probs, tail = top_log_probs(self._head, hidden[chunk], temperature[chunk], top_k)
                 chunks.append(torch.cat([top, log_probs.view(torch.int32), tail.view(torch.int32)], -1))
             else:
-                log_probs, tail = log_probs_at(self._head, hidden[chunk], temperature[chunk], ids[chunk])
+                log_probs, tail = sharded_log_probs(self._head, hidden[chunk], temperature[chunk], ids[chunk])
                 chunks.append(log_probs if kind == "sampled" else torch.cat([log_probs, tail], -1))
         return {piece.request: rows for piece, rows in zip(pieces, torch.cat(chunks).split(sizes), strict=True)}
 

@@ -6,42 +6,38 @@ need not give them back.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import Config
 from s2w.data.files import Row, rows
-from s2w.data.prompts import check_not_empty
-from s2w.data.tasks import derive_seed
-from s2w.data.verifiers import VERIFIERS, check_verifier
+from s2w.data.questions import Question, as_prompts, encode, read_row, with_system_prompt
 from s2w.errors import ConfigError
-from s2w.models.modes import (
-    EMPTY_THINK_BLOCK,
-    THINK_OPEN,
-    opens_thinking,
-    render,
-    soft_switch,
-    split_thinking,
-    supported_modes,
-)
+from s2w.models.modes import EMPTY_THINK_BLOCK, THINK_OPEN, opens_thinking, split_thinking, supported_modes
 from s2w.models.pair import ModelPair
-from s2w.records import Mode, Prompt
+from s2w.records import Mode
 from s2w.teacher_data.response import Response
 from s2w.teacher_data.shards import VOCABULARY, provenance_of, response_files, vocabulary_hash
 
-CHUNK = 1024
-"""Texts tokenised at once."""
 TOKENS = "response_token_ids"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 """vLLM's. Only ``stop`` is the end of a whole response."""
 
-Messages = tuple[dict[str, str], ...]
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    """One row: a question and its response."""
+
+    question: Question
+    mode: Mode
+    text: str
+    """The response as it follows the rendered prompt."""
+    finish_reason: str
+    token_ids: np.ndarray | None
+    """int32 [n], where a shard of this vocabulary has them."""
 
 
 def read_dataset(config: Config, models: ModelPair) -> list[Response]:
@@ -56,113 +52,64 @@ def read_dataset(config: Config, models: ModelPair) -> list[Response]:
     assert config.off_policy.path is not None
     path = Path(config.off_policy.path).expanduser()
     tokenizer = models.student.tokenizer
-    modes, opened = supported_modes(tokenizer), opens_thinking(tokenizer)
-    vocabulary = vocabulary_hash(tokenizer)
-    prompts: list[Prompt] = []
-    texts: list[str] = []
-    rendered: list[str] = []
-    finish_reasons: list[str] = []
-    own_tokens: list[np.ndarray | None] = []
-    for where, row in _rows(path, vocabulary):
-        messages, text = _conversation(where, row)
-        if config.data.system_prompt is not None and messages[0]["role"] != "system":
-            messages = ({"role": "system", "content": config.data.system_prompt}, *messages)
-        mode = _mode(where, row, messages, text, modes)
-        task, answer = _task(where, row)
-        metadata = _metadata(row, messages, answer) if task and task not in VERIFIERS else {}
-        rendered.append(render(tokenizer, messages, mode, dict(config.data.chat_template_kwargs)))
-        finish_reasons.append(_finish_reason(where, row))
-        own_tokens.append(_own_tokens(where, row, models.vocabulary.vocab_size))
-        texts.append(_without_prefix(text, mode, opened))
-        uid = f"{path.stem}/{len(prompts)}"
-        seed = derive_seed("prompt", config.run.seed, uid)
-        prompts.append(Prompt(uid, messages, np.empty(0, np.int32), mode, seed, task, answer, metadata))
-    if not prompts:
+    examples = list(_examples(path, config, models))
+    if not examples:
         raise ConfigError(f"{str(path)!r} holds no responses")
     if not models.teacher.eos_token_ids:
         raise ConfigError(f"{models.teacher.reference!r} has no end-of-sequence token to put after the responses")
-    end = np.asarray(models.teacher.eos_token_ids[:1], np.int32)
-    responses = [
-        np.concatenate([ids, end]) if finish_reason == "stop" else ids
-        for ids, finish_reason in zip(_encode(tokenizer, texts), finish_reasons, strict=True)
-    ]
+    kwargs = dict(config.data.chat_template_kwargs)
+    asked = [(example.question, example.mode) for example in examples]
+    prompts = as_prompts(asked, tokenizer, ("prompt", config.run.seed), kwargs)
+    texts = encode(tokenizer, [example.text for example in examples])
     return [
         Response(
-            prompt=replace(prompt, token_ids=given),
+            prompt=prompt,
             sample=0,
-            token_ids=ids if own is None else own,
-            text=text,
-            finish_reason=finish_reason,
+            token_ids=_response_ids(example, ids, models.teacher.eos_token_ids),
+            text=example.text,
+            finish_reason=example.finish_reason,
         )
-        for prompt, given, ids, own, text, finish_reason in zip(
-            prompts, _encode(tokenizer, rendered), responses, own_tokens, texts, finish_reasons, strict=True
-        )
+        for prompt, example, ids in zip(prompts, examples, texts, strict=True)
     ]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """int32 token ids; the texts spell out their special tokens."""
-    encoded: list[np.ndarray] = []
-    for start in range(0, len(texts), CHUNK):
-        batch = tokenizer(list(texts[start : start + CHUNK]), add_special_tokens=False)["input_ids"]
-        encoded += [np.asarray(ids, np.int32) for ids in batch]
-    return encoded
-
-
-def _rows(path: Path, vocabulary: str) -> Iterator[tuple[str, Row]]:
-    """Rows of a file or of all Parquet files of a directory, each with words that say where it stands.
-
-    Token ids of another vocabulary than ``vocabulary`` are left out.
-    """
+def _examples(path: Path, config: Config, models: ModelPair) -> Iterator[_Example]:
+    """The rows of a file, or of all Parquet files of a directory."""
+    tokenizer = models.student.tokenizer
+    modes, opened = supported_modes(tokenizer), opens_thinking(tokenizer)
+    vocabulary = vocabulary_hash(tokenizer)
+    number = 0
     for file in response_files(path):
+        # Token ids of another vocabulary mean nothing.
         same = file.suffix == ".parquet" and provenance_of(file).get(VOCABULARY) == vocabulary
-        for number, row in enumerate(rows(file)):
-            if not same:
-                row.pop(TOKENS, None)
-            yield f"{str(file)!r}, row {number}", row
+        for i, row in enumerate(rows(file)):
+            where = f"{str(file)!r}, row {i}"
+            question, text = read_row(where, row)
+            if text is None:
+                there = ", ".join(map(str, row))
+                raise ConfigError(
+                    f"{where} has no response: write `response`, or end `messages` with the assistant's; its columns are "
+                    f"{there}"
+                )
+            mode = question.mode or _mode_of(text, modes)
+            question = with_system_prompt(replace(question, uid=f"{path.stem}/{number}"), config.data.system_prompt)
+            own = _own_tokens(where, row, models.vocabulary.vocab_size) if same else None
+            yield _Example(question, mode, _without_prefix(text, mode, opened), _finish_reason(where, row), own)
+            number += 1
 
 
-def _conversation(where: str, row: Row) -> tuple[Messages, str]:
-    """The messages of the prompt, and the response."""
-    there = ", ".join(map(str, row)) or "none"
-    if row.get("messages") is not None:
-        messages = _messages(where, row["messages"])
-        if messages[-1]["role"] != "assistant" or len(messages) == 1:
-            raise ConfigError(f"{where}: the last of its messages must be the assistant's, after a prompt")
-        check_not_empty(where, messages[:-1])
-        return messages[:-1], messages[-1]["content"]
-    missing = [name for name in ("prompt", "response") if row.get(name) is None]
-    if missing:
-        raise ConfigError(
-            f"{where} has no `{'` and no `'.join(missing)}`: a response is a row with `messages`, or with `prompt` and "
-            f"`response`; its columns are: {there}"
-        )
-    if not isinstance(row["response"], str):
-        raise ConfigError(f"{where}: `response` is a string, not {row['response']!r}")
-    given = row["prompt"]
-    messages = _messages(where, [{"role": "user", "content": given}] if isinstance(given, str) else given)
-    check_not_empty(where, messages)
-    return messages, row["response"]
+def _response_ids(example: _Example, encoded: np.ndarray, eos_token_ids: Sequence[int]) -> np.ndarray:
+    """int32 [n]: its own tokens, else those of its text, with the end of a whole response."""
+    if example.token_ids is not None:
+        return example.token_ids
+    if example.finish_reason != "stop":
+        return encoded
+    return np.concatenate([encoded, np.asarray(eos_token_ids[:1], np.int32)])
 
 
-def _messages(where: str, given: Any) -> Messages:
-    if not isinstance(given, list) or not given:
-        raise ConfigError(f"{where}: messages are a list of objects with `role` and `content`")
-    for message in given:
-        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise ConfigError(f"{where}: a message has a `role` and a `content`, both strings, not {message!r}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in given)
-
-
-def _mode(where: str, row: Row, messages: Messages, text: str, modes: tuple[Mode, ...]) -> Mode:
-    mode = row.get("mode")
-    if mode is not None and mode not in get_args(Mode):
-        raise ConfigError(f"{where} has mode {mode!r}; a mode is {' or '.join(get_args(Mode))}")
-    if mode is None:
-        mode = soft_switch(messages)
-    if mode is not None:
-        return mode
-    mode = "think" if split_thinking(text, "think").thought else "no_think"
+def _mode_of(text: str, modes: Sequence[Mode]) -> Mode:
+    """Whether a response thinks; the only mode of a template that has one."""
+    mode: Mode = "think" if split_thinking(text, "think").thought else "no_think"
     return mode if mode in modes else modes[0]
 
 
@@ -184,27 +131,6 @@ def _own_tokens(where: str, row: Row, vocab_size: int) -> np.ndarray | None:
             "generate the responses anew"
         )
     return ids
-
-
-def _task(where: str, row: Row) -> tuple[str, str | None]:
-    answer = row.get("answer")
-    task = row.get("task") or ("exact_match" if answer is not None else "")
-    if task:
-        try:
-            check_verifier(task)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
-    return task, None if answer is None else str(answer)
-
-
-def _metadata(row: Row, messages: Messages, answer: str | None) -> dict[str, Any]:
-    """What a reasoning-gym scorer needs; a generated shard has all of it, other files the entry's metadata."""
-    given = row.get("metadata") or {}
-    if isinstance(given, str):
-        given = json.loads(given)
-    if "entry" in given:
-        return given
-    return {"entry": {"question": messages[-1]["content"], "answer": answer, "metadata": given}}
 
 
 def _without_prefix(text: str, mode: Mode, opened: bool) -> str:

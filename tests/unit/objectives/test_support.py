@@ -13,7 +13,7 @@ from s2w.objectives.support import KINDS, markdown_table, signal_support
 from s2w.records import SignalKind
 from s2w.teacher.signal import bytes_per_row, encode, nbytes
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "signals.md").read_text()
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "signals.md").read_text()
 WIDTH, TOP_K = 4096, 64
 """Qwen3-235B-A22B's hidden size, and the document's k."""
 

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from kernel_problem import (
+    FORMULAS,
+    ROWS,
+    STUDENT_PAD,
+    VOCAB,
+    Problem,
+    assert_same,
+    build,
+    coarsen,
+    entropy,
+    kl,
+    sampled,
+)
 from torch import Tensor
 
-from s2w.objectives.divergences import DIVERGENCES, AdaptiveKL, Divergence, ForwardKL, ReverseKL, make_divergence
+from s2w.objectives.divergences import DIVERGENCES, ForwardKL, ReverseKL
 from s2w.objectives.kernel import (
-    DivergenceOutput,
     Head,
     HiddenRows,
     SampledRows,
     SparseRows,
-    _compiled,
     divergence_loss,
     divergence_values,
 )
-
-Formula = Callable[[Tensor, Tensor], Tensor]
-
-ROWS, VOCAB, STUDENT_PAD, TEACHER_PAD = 11, 37, 40, 43
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,112 +41,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def mixture(log_p: Tensor, log_q: Tensor, w: float) -> Tensor:
-    return (w * log_p.exp() + (1 - w) * log_q.exp()).log()
-
-
-def adaptive(log_p: Tensor, log_q: Tensor) -> Tensor:
-    w = AdaptiveKL().forward_weight(log_p.detach().exp(), log_q.detach().exp())[:, 0]
-    return w * kl(log_p, log_q) + (1 - w) * kl(log_q, log_p)
-
-
-FORMULAS: dict[str, Formula] = {
-    "forward_kl": kl,
-    "reverse_kl": lambda p, q: kl(q, p),
-    "jsd": lambda p, q: 0.3 * kl(p, mixture(p, q, 0.3)) + 0.7 * kl(q, mixture(p, q, 0.3)),
-    "skew_forward_kl": lambda p, q: kl(p, mixture(p, q, 0.2)),
-    "skew_reverse_kl": lambda p, q: kl(q, mixture(p, q, 0.8)),
-    "tvd": lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2,
-    "alpha_divergence": lambda p, q: (1 - (0.2 * p + 0.8 * q).exp().sum(-1)) / (0.2 * 0.8),
-    "adaptive_kl": adaptive,
-}
-
-
-def build(name: str) -> Divergence:
-    return make_divergence(name, beta=0.3, alpha=0.2)
-
-
-class Problem:
-    """A student and a teacher of different widths, with padded heads of different sizes."""
-
-    def __init__(
-        self,
-        rows: int = ROWS,
-        vocab: int = VOCAB,
-        dtype: torch.dtype = torch.float64,
-        seed: int = 0,
-        bias: bool = True,
-        softcap: float | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        self.vocab = vocab
-        self.hidden = draw(rows, 5).requires_grad_()
-        self.weight = draw(vocab + STUDENT_PAD - VOCAB, 5).requires_grad_()
-        self.bias = draw(vocab + STUDENT_PAD - VOCAB).requires_grad_() if bias else None
-        self.head = Head(self.weight, self.bias, softcap, scale)
-        teacher_bias = draw(vocab + TEACHER_PAD - VOCAB) if bias else None
-        teacher_head = Head(draw(vocab + TEACHER_PAD - VOCAB, 7), teacher_bias, softcap, scale)
-        self.teacher = HiddenRows(draw(rows, 7), teacher_head)
-        self.weights = torch.rand(rows, generator=generator, dtype=torch.float64).to(dtype)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [self.hidden, self.weight] + ([self.bias] if self.bias is not None else [])
-
-    def log_probs(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """log p and log q [rows, vocab] by plain operations."""
-
-        def side(hidden: Tensor, head: Head) -> Tensor:
-            logits = hidden @ head.weight[: self.vocab].T
-            if head.bias is not None:
-                logits = logits + head.bias[: self.vocab]
-            logits = logits * head.scale
-            if head.softcap is not None:
-                logits = head.softcap * (logits / head.softcap).tanh()
-            return (logits / temperature).log_softmax(-1)
-
-        return side(self.teacher.hidden[:], self.teacher.head), side(self.hidden, self.head)
-
-    def sparse(self, k: int, by: str = "teacher", temperature: float = 1.0) -> SparseRows:
-        """The k likeliest ids of one side, with exact tail."""
-        with torch.no_grad():
-            log_p, log_q = self.log_probs(temperature)
-            ids = (log_p if by == "teacher" else log_q).topk(k).indices
-            rest = log_p.scatter(-1, ids, -torch.inf)
-            return SparseRows(ids, log_p.gather(-1, ids), rest.logsumexp(-1))
-
-    def loss(self, teacher: Any, divergence: Divergence, **options: Any) -> DivergenceOutput:
-        options = {"vocab_size": self.vocab, "weights": self.weights, "chunk_rows": 4, **options}
-        return divergence_loss(self.hidden, self.head, teacher, divergence, **options)
-
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, self.inputs))
-
-
-def coarsen(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """log-probs [rows, k + 1] over the ids and the rest."""
-    rest = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([log_probs.gather(-1, ids), rest], -1)
-
-
-def entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-def assert_same(got: list[Tensor], expected: list[Tensor], rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -227,14 +128,6 @@ def test_sparse_tail_in_float32_where_one_minus_the_sum_is_lost() -> None:
     assert log_q[0, -1] < -26
     # float32 log-probs of size 30 are good to 2e-6.
     torch.testing.assert_close(output.values.double(), kl(p, log_q), rtol=0, atol=1e-5)
-
-
-def sampled(problem: Problem, seed: int = 0, **options: Any) -> tuple[SampledRows, Tensor, Tensor]:
-    """Tokens drawn from the student; log p and log q (with graph) at them."""
-    log_p, log_q = problem.log_probs()
-    ids = torch.multinomial(log_q.exp().detach(), 1, generator=torch.Generator().manual_seed(seed))
-    at_p, at_q = (t.gather(-1, ids)[:, 0] for t in (log_p, log_q))
-    return SampledRows(ids[:, 0], at_p, **options), at_p, at_q
 
 
 def test_sampled_gradient_has_the_mean_of_reverse_kl() -> None:
@@ -505,23 +398,6 @@ def test_row_weights_are_not_rounded_to_the_rows_dtype() -> None:
     # Each element is rounded to bfloat16, up or down: the least squares' slope is not.
     slope = (gradients[0] * gradients[1]).sum() / gradients[0].square().sum()
     assert slope.item() == pytest.approx(0.7011, abs=3e-4)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("signal", "name"),
-    [("hidden", "jsd"), ("hidden", "adaptive_kl"), ("sparse", "forward_kl"), ("sampled", "reverse_kl")],
-)
-def test_compiled_as_on_cuda(signal: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The elementwise steps go through torch.compile unharmed."""
-    problem = Problem(softcap=3.0, dtype=torch.float32)
-    teacher: Any = {"hidden": problem.teacher, "sparse": problem.sparse(5), "sampled": sampled(problem)[0]}[signal]
-    plain = problem.loss(teacher, build(name))
-    monkeypatch.setattr("s2w.objectives.kernel._step", lambda step, hidden: _compiled(step))
-    fused = problem.loss(teacher, build(name))
-    # Other kernels round otherwise.
-    assert_same([fused.loss, fused.values], [plain.loss, plain.values], rtol=1e-4, atol=1e-5)
-    assert_same(problem.gradients(fused.loss), problem.gradients(plain.loss), rtol=1e-4, atol=1e-5)
 
 
 def test_no_rows() -> None:

@@ -1,17 +1,14 @@
-"""Advantages of verified rewards, and weights by the teacher's reliability."""
+"""Advantages of verified rewards."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
-from s2w.objectives.credit import Credit, group_advantages, prompt_key, reliability
+from s2w.objectives.credit import Credit, group_advantages
 
 from s2w.config.schema import RewardConfig
 from s2w.eval.grading import Graded
 from s2w.records import Mode, Prompt, Rollout, Scored, VersionSpan
-from s2w.teacher_data.response import Response
 
 
 def prompt(uid: str, mode: Mode = "think", seed: int = 0) -> Prompt:
@@ -26,10 +23,6 @@ def sample(of: Prompt, index: int, *, written: bool = True) -> Scored:
 
 def grade(of: Prompt, correct: bool) -> Graded:
     return Graded(of.uid, of.task, of.mode, correct, adherent=True, truncated=False, forced=False, tokens=3)
-
-
-def response(of: Prompt, index: int) -> Response:
-    return Response(of, index, np.zeros(3, np.int32), "1", "stop")
 
 
 def test_advantages_by_hand() -> None:
@@ -67,16 +60,3 @@ def test_no_reward() -> None:
     of = prompt("p")
     credited = Credit(None, {}, 1.0).assign([sample(of, 0), sample(of, 1)], [grade(of, True), grade(of, False)])
     assert [(one.advantage, one.weight) for one in credited] == [(0, 1), (0, 1)]
-
-
-def test_reliability_weighs_prompts() -> None:
-    good, mixed, bad, unknown = (prompt(name) for name in "gmbu")
-    right = [response(good, 0), response(good, 1), response(mixed, 0)]
-    wrong = [response(mixed, 1), response(mixed, 2), response(bad, 0)]
-    shares = reliability(right, wrong)
-    assert shares[prompt_key(mixed)] == pytest.approx(1 / 3)
-    credit = Credit(None, shares, 0.25)
-    # The weight knows the messages and the mode, not the uid: a file of responses has uids of its own.
-    renamed = dataclasses.replace(mixed, uid="elsewhere/3")
-    weights = [credit.weight(one) for one in (good, renamed, bad, unknown, prompt("b", "no_think"))]
-    assert weights == pytest.approx([1, 0.25 + 0.75 / 3, 0.25, 1, 1])
