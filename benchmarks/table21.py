@@ -42,7 +42,7 @@ from transformers import AutoConfig
 
 from s2w.config.compose import compose, compose_as
 from s2w.config.schema import Config, EvalRun
-from s2w.eval.report import ProblemCount
+from s2w.eval.scores import ProblemCount
 from s2w.eval.statistics import RESAMPLES, pass_at_k
 from s2w.launch.evaluate import evaluate
 from s2w.launch.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
@@ -132,18 +132,23 @@ def run_seed(seed: int, options: argparse.Namespace, settings: dict[str, list[st
             overrides.append("off_policy.steps=0")
         arms[arm] = run_arm([*overrides, *settings[arm]], root / arm)
     for arm, result in arms.items():
-        run = compose_as(
-            EvalRun,
-            [
-                f"model={result.checkpoint}", "cluster=local", "eval.tasks=[column_addition]",
-                f"eval.problems={options.problems}", f"eval.samples={options.samples}", f"eval.seed={seed}",
-                "rollout.max_tokens=80", "rollout.enforce_eager=true", "rollout.max_sequences=256",
-                "rollout.dtype=float32", f"eval.output={root / arm / 'eval.json'}",
-            ],
-        )  # fmt: skip
         print(f"\nseed {seed}, {arm}: {result.checkpoint}", flush=True)
-        result.problems = evaluate(run).problems
+        result.problems = evaluate_checkpoint(
+            result.checkpoint, options.problems, options.samples, seed, output=root / arm / "eval.json"
+        )
     return arms
+
+
+def evaluate_checkpoint(
+    model: Path, problems: int, samples: int, seed: int, output: Path | None = None
+) -> list[ProblemCount]:
+    """How often each held-out problem is solved, in both modes."""
+    overrides = [
+        f"model={model}", "cluster=local", "eval.tasks=[column_addition]", f"eval.problems={problems}",
+        f"eval.samples={samples}", f"eval.seed={seed}", "rollout.max_tokens=80", "rollout.enforce_eager=true",
+        "rollout.max_sequences=256", "rollout.dtype=float32",
+    ]  # fmt: skip
+    return evaluate(compose_as(EvalRun, [*overrides, *([f"eval.output={output}"] if output else [])])).problems
 
 
 def run_arm(overrides: list[str], directory: Path) -> Arm:

@@ -28,7 +28,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2w.learner.signals import SignalStream, joined
+from s2w.learner.signal_fetch import SignalStream, joined
 from s2w.models.head import Head, load_head
 from s2w.objectives.divergences import make_divergence
 from s2w.objectives.kernel import HiddenRows, divergence_values
