@@ -39,14 +39,14 @@ ARMS: dict[str, list[str]] = {
         "loss.options.part_nats=3",
         "loss.options.length_quantile=0.9",
         "loss.options.shortest=16",
-    ],  # fmt: skip
+    ],
     "stable": ["loss.objective=stable", "loss.options.reference_weight=0.01"],
-    "privileged context": ["loss.divergence=clipped_forward_kl", "teacher.context='{answer}={question}'"],
     "kdrl": ["loss.objective=kdrl", "reward.weight=0.1", *REWARDED],
     "grpo": ["loss.objective=grpo", "learner.learning_rate=3e-4", *REWARDED],
     "negative": ["loss.objective=negative", "learner.learning_rate=1e-4"],
 }
-"""Settings of each arm, over those of the experiment."""
+"""Settings of each arm, over those of the experiment. Privileged context is not among them: the testbed's models know one
+form of prompt."""
 
 
 @dataclass

@@ -1,3 +1,3 @@
 """s2w: strong-to-weak distillation of large language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -12,7 +12,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from s2w.data import tasks
 from s2w.data.verifiers import prepare, verify
 from s2w.errors import ConfigError
 from s2w.records import Prompt
@@ -105,7 +104,7 @@ class VerifierProcess:
             self._process.start()
             far.close()
         with suppress(EOFError, OSError):
-            self._connection.recv()  # Imports are done: the time limit is for answers alone.
+            self._connection.recv()  # It is up: the time limit is for answers alone.
 
     def _end(self) -> None:
         with self._changing:
@@ -116,7 +115,6 @@ class VerifierProcess:
 
 def _serve(connection: Connection, timeout_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent decides when it ends.
-    tasks.task_names()
     connection.send("ready")
     while True:
         try:

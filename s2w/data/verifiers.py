@@ -1,9 +1,9 @@
 """Whether an answer is right: the scorer of the prompt's task, by name.
 
-A task is one of :data:`VERIFIERS`, which need nothing but a reference answer, a reasoning-gym name, or a function of the
-user's: its import path, ``package.module:function``, or the name of an entry point of the group ``s2w.verifiers``. Such
-a function is called with ``(response, answer, row)``: the text of the response without its thinking, the reference
-answer or None, and the row of the file as a dict. It returns a number from 0 to 1; 1 is right.
+A task is one of :data:`VERIFIERS`, which need nothing but a reference answer, a reasoning-gym name, or a function from
+outside of the package: its import path, ``package.module:function``, or the name of an entry point of the group
+``s2w.verifiers``. Such a function is called with ``(response, answer, row)``: the text of the response without its
+thinking, the reference answer or None, and the row of the file as a dict. It returns a number from 0 to 1; 1 is right.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def prepare(task: str) -> None:
         custom_verifier(task)
     elif task in VERIFIERS:
         VERIFIERS[task]("1", "1")
+    else:
+        tasks.task_names()
 
 
 @functools.cache

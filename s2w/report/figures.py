@@ -177,7 +177,25 @@ def training_picture(run: Run) -> Picture | None:
 
 
 SHOWN = frozenset(
-    ["loss", "divergence", "student_entropy", "teacher_entropy", "agreement", "grad_norm", "learning_rate", "response_length", "truncated", "accuracy", "mode_adherence", "tokens_per_second", "seconds", "swap_ms", "probe_error", "busy", "signal_bias"]
+    [
+        "loss",
+        "divergence",
+        "student_entropy",
+        "teacher_entropy",
+        "agreement",
+        "grad_norm",
+        "learning_rate",
+        "response_length",
+        "truncated",
+        "accuracy",
+        "mode_adherence",
+        "tokens_per_second",
+        "seconds",
+        "swap_ms",
+        "probe_error",
+        "busy",
+        "signal_bias",
+    ]
 )
 """Metrics that other figures show."""
 

@@ -88,8 +88,8 @@ def _examples(path: Path, config: Config, models: ModelPair) -> Iterator[_Exampl
             if text is None:
                 there = ", ".join(map(str, row))
                 raise ConfigError(
-                    f"{where} has no response: write `response`, or end `messages` with the assistant's; its columns are "
-                    f"{there}"
+                    f"{where} has no response: write `response`, or end `messages` with the assistant's; its columns "
+                    f"are: {there}"
                 )
             mode = question.mode or _mode_of(text, modes)
             question = with_system_prompt(replace(question, uid=f"{path.stem}/{number}"), config.data.system_prompt)
