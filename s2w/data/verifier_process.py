@@ -122,10 +122,13 @@ def _serve(connection: Connection, timeout_s: float) -> None:
         except EOFError:
             return  # The parent is gone.
         # If the parent goes while an answer holds the interpreter, only the kernel can end this process.
-        limit = IMPORT_S if isinstance(request, str) else timeout_s
-        signal.setitimer(signal.ITIMER_REAL, limit + 1)
+        signal.setitimer(signal.ITIMER_REAL, (IMPORT_S if isinstance(request, str) else timeout_s) + 1)
         try:
-            connection.send(prepare(request) if isinstance(request, str) else verify(*request))
+            if isinstance(request, str):
+                prepare(request)
+                connection.send(None)
+            else:
+                connection.send(verify(*request))
         except ConfigError as error:
             connection.send(error)
         except BrokenPipeError:
