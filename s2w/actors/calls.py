@@ -1,4 +1,4 @@
-"""Many calls of actors at once: of a whole pool while it starts, and of a pool for many responses."""
+"""Many calls to actors at once: to a whole pool while it starts, and to a pool for many responses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ async def each(
     at_once: int | None = None,
     done: Callable[[Item, Result], None] | None = None,
 ) -> list[Result]:
-    """``call`` of every item; results in the order of the items. The one way to ask a pool for many responses.
+    """Calls ``call`` with every item; results in the order of the items. The one way to ask a pool for many responses.
 
     Args:
-        at_once: most calls under way; None for all.
+        at_once: most calls in flight; None for all.
         done: called with each item and its result, when it has one.
 
     Raises:
@@ -57,7 +57,7 @@ async def all_up(what: str, calls: Sequence[ray.ObjectRef], timeout_s: float) ->
         done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
     finally:
         for task in tasks:
-            task.cancel()  # Those that have not come to an end.
+            task.cancel()  # Those that have not ended.
     for index, task in enumerate(tasks):
         if task in done and (error := task.exception()):
             who = f"{what} {index}"

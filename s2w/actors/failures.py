@@ -17,7 +17,7 @@ from s2w.errors import ConfigError, PreflightError, RunError
 T = TypeVar("T")
 
 LOG = Path("error.log")
-"""Of the tracebacks, in the run directory."""
+"""Where tracebacks go, in the run directory."""
 LONGEST = 500
 """Characters of a library's message that are kept."""
 
@@ -30,9 +30,9 @@ PROCESS_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDiedErro
 """An actor or its engine is gone."""
 
 PROCESS_DEATH = re.compile(r"pid: (?P<pid>\d+) .*Worker exit detail: (?P<detail>.*?)(?: Some common causes|$)")
-"""In Ray's text about an actor whose process is gone; what follows are guesses."""
+"""Ray's text about an actor whose process is gone; what it says after that is guesses."""
 NO_WORD = "Worker unexpectedly exits with a connection error"
-"""Ray's word for a process whose end it has not seen."""
+"""Ray's wording for a process whose end it has not seen."""
 LESS_MEMORY = {
     "rollout engine": "rollout.kv_cache_gib, rollout.max_sequences or rollout.engines",
     "teacher": "teacher.kv_cache_gib, teacher.max_sequences or teacher.replicas",
@@ -86,12 +86,12 @@ def reason(error: BaseException, who: str = "") -> str:
 
 
 def root(error: BaseException) -> BaseException:
-    """The error inside of groups of errors and of Ray's wrapping."""
+    """The error inside groups of errors and Ray's wrappers."""
     while True:
         if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
             error = error.cause
         elif isinstance(error, BaseExceptionGroup):
-            # Deaths say more than what they made others raise.
+            # Deaths say more than the errors they caused elsewhere.
             leaves = [root(one) for one in error.exceptions]
             error = next((one for one in leaves if isinstance(one, ActorFailedError)), leaves[0])
         else:
@@ -100,7 +100,7 @@ def root(error: BaseException) -> BaseException:
 
 @contextmanager
 def reported(log: Path, saved: Callable[[], str]) -> Iterator[None]:
-    """Turns an error that ends a run into a sentence.
+    """Turns an error that ends a run into one sentence.
 
     Args:
         log: the traceback is appended to this file.
@@ -108,7 +108,7 @@ def reported(log: Path, saved: Callable[[], str]) -> Iterator[None]:
 
     Raises:
         RunError: in place of what the run raised.
-        ConfigError, PreflightError: as the run raised them, out of any group.
+        ConfigError, PreflightError: as the run raised them, taken out of any group.
     """
     try:
         yield
@@ -124,7 +124,7 @@ def reported(log: Path, saved: Callable[[], str]) -> Iterator[None]:
 
 
 def _memory_users(text: str) -> str:
-    """From Ray's report: how full the node was, and the three processes that held most."""
+    """From Ray's report: how full the node was, and the three processes that used most."""
     parts = [f"{used[1]} of {used[2]} GB"] if (used := re.search(r"([\d.]+)GB used / ([\d.]+)GB limit", text)) else []
     holders = re.findall(r"^\d+\t([\d.]+)\t(.+)$", text, re.MULTILINE)[:3]
     if holders:

@@ -15,9 +15,9 @@ def cpu_environment() -> dict[str, str]:
     Engines and learner ranks work in turn on the same cores: an OpenMP thread with nothing to do spins for some 50
     microseconds, which bridges the gap between two operations, and then sleeps.
 
-    Tensors come and go many times a step. glibc returns each large one to the kernel at once, and to touch such memory
-    again takes longer than the arithmetic done in it. jemalloc (the copy that Ray brings) keeps it; what was idle for
-    ten seconds the kernel may take back when it needs it.
+    Tensors come and go many times a step. glibc returns each large one to the kernel at once, and touching such memory
+    again takes longer than the arithmetic done in it. jemalloc (the copy that Ray ships) keeps it; the kernel may
+    reclaim what has been idle for ten seconds.
     """
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "2000"}
     ray = importlib.util.find_spec("ray")
@@ -29,7 +29,7 @@ def cpu_environment() -> dict[str, str]:
 
 
 def resolve_dtype(name: str, device: str) -> str:
-    """Turns ``auto`` into ``bfloat16`` where products in it are native, else ``float32``.
+    """Turns ``auto`` into ``bfloat16`` where matrix products in it are native, else ``float32``.
 
     A CPU without AMX or AVX512-BF16 emulates bfloat16 products, eight times slower than float32.
     """

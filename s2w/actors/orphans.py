@@ -22,9 +22,9 @@ REAPER_GRACE_S = 5
 def die_with_parent() -> None:
     """Kills this process as soon as the one that started it by ``multiprocessing`` is gone; idempotent.
 
-    It waits on the pipe whose other end only the parent holds: unlike the parent's pid it cannot come to mean another
-    process, it is also at its end if the parent died before this call, and unlike PR_SET_PDEATHSIG it does not take
-    the end of the parent's thread for the parent's. Does nothing in a process that was started in another way.
+    It waits on the pipe whose other end only the parent holds. Unlike the parent's pid, it cannot come to mean another
+    process; this also works if the parent died before this call; and unlike PR_SET_PDEATHSIG, it does not mistake the
+    end of the parent's thread for the parent's. Does nothing in a process that was started in another way.
     """
     _watch_parent(os.getpid())
 
@@ -46,8 +46,8 @@ def _watch_parent(pid: int) -> None:
 def start_reaper(family: Iterable[psutil.Process]) -> subprocess.Popen[bytes]:
     """Starts a process that kills what is left of ``family`` once this process is gone, however it ended.
 
-    For processes that are not started by s2w. It has a session of its own, so that what is sent to this process and
-    its group passes it by; whoever ends in good order kills it.
+    For processes that are not started by s2w. It has its own session, so that signals to this process and its
+    group do not reach it; a process that ends in good order kills it.
     """
     members = json.dumps([(process.pid, process.create_time()) for process in family])
     command = [sys.executable, "-c", "from s2w.actors.orphans import reap; reap()", members]
@@ -55,7 +55,7 @@ def start_reaper(family: Iterable[psutil.Process]) -> subprocess.Popen[bytes]:
 
 
 def reap() -> None:
-    """The reaper's own work: waits for the end of its standard input, which only its parent holds open."""
+    """The reaper's work: waits for the end of its standard input, which only its parent holds open."""
     sys.stdin.buffer.read()
     time.sleep(REAPER_GRACE_S)
     for pid, created in json.loads(sys.argv[1]):

@@ -16,11 +16,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 INTERRUPTED = 130
-"""Exit code after SIGINT or SIGTERM, a shell's own for SIGINT."""
+"""Exit code after SIGINT or SIGTERM, what shells use for SIGINT."""
 
 
 def uninterrupted(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Makes every call of the coroutine function ``work`` a unit: cancelled, it ends first, and is cancelled then.
+    """Makes every call of the coroutine function ``work`` a unit: if cancelled, it finishes first.
 
     If the work fails meanwhile, its error is raised in place of the cancellation.
     """
@@ -45,12 +45,12 @@ def uninterrupted(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coro
 def run_stoppable(
     work: Coroutine[Any, Any, T], stopping: Callable[[], None] = lambda: None, last_words: Callable[[], str] = str
 ) -> T:
-    """``asyncio.run`` that SIGINT and SIGTERM end alike, also where SIGINT was ignored, as in a job in a shell's
-    background.
+    """``asyncio.run`` that SIGINT and SIGTERM end alike, also where SIGINT was ignored, as in a shell's
+    background job.
 
     Args:
         stopping: called when the first signal has come and ``work`` is cancelled.
-        last_words: printed when a second one has, which ends this process with exit code 130, wherever it is.
+        last_words: printed when a second one comes, which ends this process with exit code 130, wherever it is.
 
     Raises:
         KeyboardInterrupt: a signal came, and the work has ended.
@@ -90,7 +90,7 @@ def run_stoppable(
 
 @contextmanager
 def handling_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to ``handler`` meanwhile."""
+    """Sends SIGINT and SIGTERM to ``handler`` in the meantime."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -22,9 +22,9 @@ CONCURRENT_CALLS = 10_000
 
 
 RECHECK_S = 0.2
-"""Between two looks at whether vLLM has noticed that an engine core is gone."""
+"""Seconds between two checks whether vLLM has noticed that an engine core is gone."""
 SHUTDOWN_S = 10
-"""How long an actor may take to end its engine before it is killed."""
+"""Seconds that an actor may take to end its engine before it is killed."""
 
 
 def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
@@ -53,14 +53,14 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
     """Sets what vLLM reads from the environment; call inside the actor, before vLLM is imported.
 
     Returns:
-        Arguments of the engine that go with it. On CPU vLLM gives a single worker a process of its own, to set its
-        threads by environment variables; here the engine core is started with those, so that the worker can be part
-        of it: a process less to start, and no message to it at every token.
+        Engine arguments that go with it. On CPU vLLM gives a single worker its own process, to set its threads by
+        environment variables; here the engine core is started with those, so that the worker can be part of it: one
+        process less to start, and no message to it at every token.
     """
     if device != "cpu":
         return {}
     cores = sorted(os.sched_getaffinity(0))[: threads or core_count()]
-    # vLLM leaves a core to its front end by default; a list of cores a worker makes it use all of them.
+    # vLLM leaves a core to its front end by default; a list of cores per worker makes it use all of them.
     share = max(1, len(cores) // world)
     lists = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(world)]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in lists)
@@ -72,9 +72,9 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
 
 
 def fail_with_engine_core(llm: AsyncLLM) -> None:
-    """Ends what waits for the engine core of ``llm`` when its process ends; call it in the actor's event loop.
+    """Fails all that waits for the engine core of ``llm`` when its process ends; call it in the actor's event loop.
 
-    vLLM itself fails the requests alone: a pause or a step of a weight update would wait for ever.
+    vLLM itself fails only the requests: a pause or a step of a weight update would wait forever.
     """
     from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -98,7 +98,7 @@ def fail_with_engine_core(llm: AsyncLLM) -> None:
 
 @contextmanager
 def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
-    """Raises :class:`EngineDiedError` where vLLM says no more than that the engine is dead."""
+    """Raises :class:`EngineDiedError` where vLLM says only that the engine is dead."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:

@@ -1,9 +1,9 @@
 """Takes the ids past the shared vocabulary out of every vLLM engine.
 
 Heads are padded: Qwen3's has 151,936 rows for 151,669 tokens. Nothing trains the padding rows, so their logits may be
-anything; vLLM samples and normalises over them like over tokens. Engines of s2w are started with
-:func:`engine_option`, and :func:`register` makes their logits -inf from the shared vocabulary on: one write to the
-padding columns a step.
+anything; vLLM samples and normalises over them as if they were tokens. Engines of s2w are started with
+:func:`engine_option`, and :func:`register` sets their logits past the shared vocabulary to -inf: one write to the
+padding columns per step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPTION = "s2w_vocab_size"
 
 
 def engine_option(vocab_size: int) -> dict[str, int]:
-    """``additional_config`` of an engine that knows the ids below ``vocab_size`` only."""
+    """``additional_config`` of an engine that knows only the ids below ``vocab_size``."""
     return {OPTION: vocab_size}
 
 
