@@ -54,15 +54,15 @@ class Controller:
 
     Args:
         loop: steps, batch size, staleness.
-        deterministic: batches are generated, then scored, each as a whole: bit for bit repeatable.
-        stream: training prompts, standing where the run begins.
+        deterministic: batches are generated, then scored, each as a whole: reproducible bit for bit.
+        stream: training prompts, positioned where the run begins.
         teacher_responses: the teacher's part of each batch; None if there is none.
         heldout: prompts of the held-out evaluation.
-        objective: what is minimised: says what each sample counts for, and whether teachers score training batches.
-        reliability: down-weights prompts that the teacher answers wrong itself; None does not.
+        objective: what is minimised; says what each sample counts for, and whether teachers score training batches.
+        reliability: down-weights prompts that the teacher itself gets wrong; None does not.
         longest: ``rollout.max_tokens``.
-        length_limit: of the first batch's responses: ``longest``, or what an earlier part of the run left (resume).
-        probe_ids: tokens whose log-probs engines and learner are compared by after a swap, int32.
+        length_limit: for the first batch's responses: ``longest``, or as an earlier part of the run left it (resume).
+        probe_ids: int32, tokens whose log-probs in engines and learner are compared after a swap.
         probe_tolerance: see :func:`s2w.weights.probe.compare`.
         step: updates that the learner's weights have already had (resume).
         checkpoints: directory of the checkpoints.
@@ -110,7 +110,7 @@ class Controller:
         self.grading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Does the steps that are left; saves after the last, and what there is if it is cancelled or fails."""
+        """Runs the remaining steps; saves after the last, and saves what there is if it is cancelled or fails."""
         ahead: deque[asyncio.Task[Batch]] = deque()
         try:
             await self.swap()
@@ -134,7 +134,7 @@ class Controller:
             await asyncio.gather(*ahead, return_exceptions=True)
 
     def launch(self, number: int) -> asyncio.Task[Batch]:
-        """Starts batch ``number``: the next of the prompt stream, and the teacher's part of it."""
+        """Starts batch ``number``: the next one of the prompt stream, and the teacher's part of it."""
         given = self.teacher_responses.batch(number) if self.teacher_responses else []
         prompts = self.stream.next_batch()
         requests = [
@@ -160,8 +160,8 @@ class Controller:
 
     @uninterrupted
     async def train_on(self, batch: Batch) -> None:
-        """KL update -> hot swap. The update, the position in the data and the step's report never part: who cancels
-        the loop finds all of them or none."""
+        """KL update -> hot swap. The update, the position in the data and the step's report stay together: if the
+        loop is cancelled, all of them are there or none."""
         learning = time.time()
         update = await self.learner.step(batch.samples, self.step)
         self.step, self.position = self.step + 1, batch.position
@@ -219,13 +219,13 @@ class Controller:
         return await each(work, sample)
 
     async def graded(self, samples: Sequence[Scored]) -> list[Graded]:
-        """Answers checked, in a thread: the loop goes on. One batch at a time: there is one verifier."""
+        """Checks the answers in a thread, so that the loop goes on. One batch at a time: there is one verifier."""
         async with self.grading:
             return await asyncio.to_thread(self.grader.grade, [sample.rollout for sample in samples])
 
     @uninterrupted
     async def swap(self) -> tuple[SwapReport, ProbeResult]:
-        """Puts the learner's weights into the engines as version ``step`` and proves it with numbers."""
+        """Puts the learner's weights into the engines as version ``step`` and compares log-probs to prove it."""
         swap = await publish(self.learner, self.rollouts.receivers(), self.step, self.probe_ids)
         engines, model = await asyncio.gather(self.rollouts.probed(), self.learner.probe(self.probe_ids))
         probes = [
@@ -245,7 +245,7 @@ class Controller:
         return swap, max(probes, key=lambda probe: probe.mean)
 
     def evaluation_is_due(self) -> bool:
-        """Whether the held-out evaluation of this version is due and missing, as after an interruption."""
+        """Whether the held-out evaluation of this version is due and not done yet (after an interruption it may be)."""
         if self.step and self.step < self.loop.steps and not due(self.step, self.loop.eval_every):
             return False
         return all(result.version != self.step for result in self.recorder.evaluations())
@@ -279,5 +279,5 @@ class Controller:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where the run stands after the last update, beside the learner: in the prompts, and in the length limit."""
+        """State of the run after the last update, besides the learner's: position in the prompts, and length limit."""
         return {"stream": self.position, "length_limit": self.length_limit}

@@ -11,7 +11,7 @@ class ConfigError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error's sentence: the known name that is nearest to ``name``; empty if none is near."""
+    """The end of an error message: the known name nearest to ``name``; empty if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f": did you mean {near[0]}?" if near else ""
 
@@ -25,4 +25,4 @@ class RunError(RuntimeError):
 
 
 class RequestRefusedError(ValueError):
-    """An engine does not take a request, and would not take it again; the message is one sentence for the user."""
+    """An engine refuses a request, and would refuse it again; the message is one sentence for the user."""

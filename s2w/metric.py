@@ -1,4 +1,4 @@
-"""What a metric is: a name, a unit, and how its values are put together.
+"""What a metric is: a name, a unit, and how its values are aggregated.
 
 A metric is defined once, beside the code that computes it::
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 Over = Literal["tokens", "samples", "step"]
 Value = float | dict[str, Any]
-"""Of a metric in one step: a number, or numbers by a name of their own (a stage, a finish reason)."""
+"""Value of a metric in one step: a number, or several by name (a stage, a finish reason)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Metric:
     text: str
     """What it is, one sentence."""
     over: Over = "step"
-    """``tokens``: a value a response token, summed over each sample by the learner; the metric is the mean over all
-    tokens of the step, and of each mode. ``samples``: a value a sample, its mean likewise. ``step``: one value."""
+    """``tokens``: one value per response token, summed over each sample by the learner; the metric is the mean over all
+    tokens of the step, and of each mode. ``samples``: one value per sample, averaged likewise. ``step``: one value."""
     column: str = ""
-    """Head of its column in the progress line; empty leaves it out."""
+    """Heading of its column in the progress line; empty leaves it out."""
     format: str = ".4g"
-    """Of the value in that column, as of :func:`format`."""
+    """Format of the value in that column, as for :func:`format`."""
 
 
 METRICS: dict[str, Metric] = {}
@@ -44,7 +44,7 @@ def define(name: str, unit: str, text: str, *, over: Over = "step", column: str 
     """Defines a metric.
 
     Raises:
-        ValueError: there is another one of that name.
+        ValueError: there is another one by that name.
     """
     metric = Metric(name, unit, text, over, column, format)
     if METRICS.setdefault(name, metric) != metric:
@@ -53,5 +53,5 @@ def define(name: str, unit: str, text: str, *, over: Over = "step", column: str 
 
 
 def definitions() -> list[dict[str, Any]]:
-    """All metrics as JSON values, for a reader of a run that knows none of them."""
+    """All metrics as JSON values, for a reader of the run that knows none of them."""
     return [asdict(metric) for metric in METRICS.values()]

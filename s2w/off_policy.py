@@ -31,12 +31,12 @@ class OffPolicyController:
     """Runs the updates of the phase.
 
     Args:
-        settings: of the phase.
-        heldout_loss: divergence that the held-out loss is.
+        settings: the phase's.
+        heldout_loss: divergence that serves as the held-out loss.
         stream: responses to train on.
         heldout: responses of the held-out loss; may be empty.
         learner: with the phase's own configuration.
-        teachers: score the responses; None where the objective asks no teacher.
+        teachers: score the responses; None where the objective needs no teacher.
         deterministic: batches are scored as a whole.
         checkpoints: directory of the phase's checkpoints.
         keep: checkpoints that stay on disk.
@@ -67,7 +67,7 @@ class OffPolicyController:
         self.saver = Saver(learner, checkpoints, keep, step, progress.say)
 
     async def run(self) -> Path:
-        """Does the steps that are left, then saves; returns the directory of the last checkpoint."""
+        """Runs the remaining steps, then saves; returns the directory of the last checkpoint."""
         ahead: asyncio.Task[list[Scored]] | None = None
         try:
             if self.evaluation_is_due():
@@ -83,7 +83,7 @@ class OffPolicyController:
                 del samples  # Their signals leave the object store.
                 if self.evaluation_is_due():
                     if ahead:
-                        await asyncio.wait([ahead])  # A batch that is scored as a whole is scored alone.
+                        await asyncio.wait([ahead])  # A batch that is scored as a whole must be scored alone.
                     await self.evaluate()
                 if due(self.step, self.settings.checkpoint_every) or self.step == self.settings.steps:
                     await self.saver.save(self.step, self.state)
@@ -98,10 +98,10 @@ class OffPolicyController:
 
     @uninterrupted
     async def train_on(self, samples: list[Scored], began: float) -> None:
-        """One update and its report, which never part: who cancels the phase finds both or neither.
+        """One update and its report, which stay together: if the phase is cancelled, both are there or neither.
 
         Args:
-            began: when the step did, ``time.monotonic()``.
+            began: when the step began, ``time.monotonic()``.
         """
         update = await self.learner.step(samples, self.step)
         self.step += 1
@@ -113,7 +113,7 @@ class OffPolicyController:
             self.progress.say(update.skipped)
 
     async def make_batch(self, responses: Sequence[Response]) -> list[Scored]:
-        """The responses with their teacher's signals, where it is asked."""
+        """The responses with their teacher's signals, where the objective needs them."""
         rollouts = [response.as_rollout() for response in responses]
         if self.teachers is None:
             return [Scored(rollout, None) for rollout in rollouts]
@@ -128,7 +128,7 @@ class OffPolicyController:
         return Scored(rollout, await self.teachers.score(rollout))
 
     def evaluation_is_due(self) -> bool:
-        """Whether there are held-out responses and their loss at this step is due and missing."""
+        """Whether there are held-out responses whose loss at this step is due and not measured yet."""
         if self.step and self.step < self.settings.steps and not due(self.step, self.settings.eval_every):
             return False
         known = self.recorder.off_policy_evaluations()
@@ -147,5 +147,5 @@ class OffPolicyController:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the phase trains on, to be known again."""
+        """What the phase trains on, for a resumed run to recognise."""
         return {"responses": self.stream.fingerprint()}

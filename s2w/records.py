@@ -1,6 +1,6 @@
 """What flows between the parts: prompts, rollouts, teacher signals, held-out results.
 
-Records pass through the controller, so they hold token ids, a few scalars a token and references;
+Records pass through the controller, so they hold token ids, a few scalars per token and references;
 tensors stay in Ray's object store and are fetched only by the learner rank that trains on them.
 """
 
@@ -35,7 +35,7 @@ class Prompt:
     """Name of the task whose verifier scores the answer; empty when there is none."""
     answer: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Whatever the task's verifier needs beside the answer."""
+    """Whatever the task's verifier needs besides the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class VersionSpan:
-    """Response tokens ``start`` (inclusive) to ``stop`` (exclusive) were written by ``version``."""
+    """Response tokens ``start`` (inclusive) to ``stop`` (exclusive) were sampled by ``version``."""
 
     start: int
     stop: int
@@ -76,9 +76,9 @@ class Rollout:
     log_probs: np.ndarray
     """float32 [n], log-prob of each token under the policy that sampled it, in nats."""
     versions: tuple[VersionSpan, ...]
-    """Empty if the teacher wrote the response."""
+    """Empty if the teacher generated the response."""
     finish_reason: str
-    """vLLM's own: ``stop`` or ``length``."""
+    """As vLLM reports it: ``stop`` or ``length``."""
     engine: int
     started: float
     finished: float
@@ -87,7 +87,7 @@ class Rollout:
     """int32 [n, k]: the student's own top-k ids at each position (signal ``ids`` only)."""
     forced: tuple[tuple[int, int], ...] = ()
     """Response tokens [start, stop) that were inserted, not sampled (the thinking budget): no version span covers
-    them, their log-prob is 0, their candidates mean nothing, and nothing is learned at them."""
+    them, their log-prob is 0, their candidates are meaningless, and they are not trained on."""
 
     @property
     def uid(self) -> str:
@@ -100,7 +100,7 @@ class Rollout:
 
     @property
     def sampled_rows(self) -> np.ndarray:
-        """int64 [m]: response positions that were sampled, all but the forced ones; only these are learned from."""
+        """int64 [m]: response positions that were sampled, all but the forced ones; only these are trained on."""
         sampled = np.ones(len(self.token_ids), bool)
         for start, stop in self.forced:
             sampled[start:stop] = False
@@ -113,7 +113,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class TeacherSignal:
-    """What a teacher said at each response position; ``payload`` refers to the arrays.
+    """A teacher's signal at each response position; ``payload`` refers to the arrays.
 
     ``payload`` resolves to a dict of numpy arrays, see :mod:`s2w.teacher.signal`.
     """
@@ -129,26 +129,26 @@ class TeacherSignal:
     cached_tokens: int
     """Prompt tokens that the teacher's prefix cache already held."""
     put_seconds: float = 0.0
-    """What it took to encode the signal, check it and put it into the object store."""
+    """Time to encode the signal, check it and put it into the object store."""
     name: str = "teacher"
     """Which teacher: `teacher`, or one of config.teachers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A rollout with what was found out about it: what the learner trains on."""
+    """A rollout with its signals and what it counts for: what the learner trains on."""
 
     rollout: Rollout
     signal: TeacherSignal | None
-    """None where the objective asks no teacher."""
+    """None where the objective needs no teacher."""
     advantage: float = 0.0
-    """Of the verified reward, relative to the other responses to the prompt."""
+    """From the verified reward, relative to the other responses to the prompt."""
     weight: float = 1.0
     """Factor on the divergence at its tokens."""
     token_advantages: np.ndarray | None = None
     """float32 [n], in place of ``advantage`` where it differs from token to token."""
     reference: TeacherSignal | None = None
-    """What the student's first weights say of the same tokens, where the objective stays near them."""
+    """Signal of the student's first weights on the same tokens, where the objective keeps the student near them."""
 
     @property
     def counts(self) -> bool:
@@ -162,11 +162,11 @@ class Heldout:
 
     version: int
     forward_kl: float
-    """KL(teacher || student), nats a token."""
+    """KL(teacher || student), nats/token."""
     reverse_kl: float
-    """KL(student || teacher), nats a token."""
+    """KL(student || teacher), nats/token."""
     tokens: int
-    """Tokens that the averages are over."""
+    """Tokens that the averages are taken over."""
     response_length: float
     by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
     """By mode: prompts, mode_adherence, truncated, response_length, and accuracy where prompts have a verifier; see
@@ -176,14 +176,14 @@ class Heldout:
 @dataclass(frozen=True, slots=True)
 class HeldoutResponse:
     """One response of a held-out evaluation in figures, as ``heldout_responses.jsonl`` holds it: from these any
-    interval and any paired test can be made again."""
+    interval and any paired test can be recomputed."""
 
     version: int
     uid: str
     """Of the prompt; the same prompts are asked at every version."""
     mode: Mode
     tokens: int
-    """Sampled ones, which the KL is over."""
+    """Sampled tokens, which the KL is averaged over."""
     forward_kl: float
     """Mean over its tokens, nats."""
     reverse_kl: float
@@ -216,5 +216,5 @@ class OffPolicyHeldout:
 
     step: int
     loss: float
-    """Cross-entropy or divergence, nats a response token."""
+    """Cross-entropy or divergence, nats per response token."""
     tokens: int

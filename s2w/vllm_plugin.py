@@ -7,9 +7,9 @@ from typing import Any
 
 
 def register() -> None:
-    """Registers the mask of the vocabulary, the teacher's scoring models and the weight transfer; idempotent.
+    """Registers the vocabulary mask, the teacher's scoring models and the weight transfer; idempotent.
 
-    Engine cores and workers end with the process that started them: vLLM ends them only if that one still can.
+    Engine cores and workers end with the process that started them: vLLM ends them only if that process still can.
     """
     from vllm.platforms import current_platform
 
@@ -30,8 +30,8 @@ def register() -> None:
 def _sleep_instead_of_spinning() -> None:
     """Makes vLLM's processes wait for each other on their sockets.
 
-    A process that waits for a message of another spins for up to a second before it does so. On a CPU platform the
-    core that it spins on is one that the model's products need. vLLM drops some of the notifications that it sleeps
+    A process that waits for a message from another spins for up to a second first. On a CPU platform it spins on a
+    core that the model's matrix products need. vLLM drops some of the notifications that it sleeps
     on (its sockets hold one at a time) and looks again after five seconds; five milliseconds are short enough here.
     """
     from vllm.distributed.device_communicators import shm_broadcast
@@ -43,7 +43,7 @@ def _sleep_instead_of_spinning() -> None:
 @functools.cache
 def _make_pipeline_buffers() -> None:
     """Pipeline parallelism without torch.compile: vLLM makes the buffers between stages in a dummy run, which a CPU
-    engine leaves out then."""
+    engine then leaves out."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     gather = GPUModelRunner.sync_and_gather_intermediate_tensors
