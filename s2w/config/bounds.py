@@ -1,7 +1,7 @@
-"""What the type of a setting says beside its Python type: its range, and whether a resumed run may change it.
+"""What the type of a setting says besides its Python type: its range, and whether a resumed run may change it.
 
 A range is an annotation: ``Annotated[int, Ge(1)]`` and the like (the package annotated-types), :class:`OneOf` for
-strings, :class:`Or` for a number outside the range that has a meaning of its own. :data:`RESUMABLE` stands beside it.
+strings, :class:`Or` for a number outside the range that has its own meaning. :data:`RESUMABLE` stands beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class OneOf:
     """The strings that a setting may be.
 
     Args:
-        choices: the strings; ``documented`` has those that need a sentence of their own, each with it.
+        choices: the strings; ``documented`` has those that need explaining, each with its sentence.
     """
 
     def __init__(self, *choices: str, **documented: str) -> None:
@@ -28,7 +28,7 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True)
 class Or:
-    """A number that is allowed beside the range."""
+    """A number that is allowed besides the range."""
 
     value: float
 
@@ -58,10 +58,10 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     Every number must be finite, those in lists and free mappings too.
 
     Args:
-        prefix: of the settings' names, as ``teachers.NAME.``.
+        prefix: prefix of the settings' names, such as ``teachers.NAME.``.
 
     Raises:
-        ConfigError: names the first setting that is outside, and its range.
+        ConfigError: names the first setting out of range, and its range.
     """
     hints = type_hints(type(config))
     for field in fields(config):
@@ -85,7 +85,7 @@ def type_hints(kind: type) -> dict[str, Any]:
 
 
 def ranges(hint: Any) -> tuple[Any, ...]:
-    """Ranges in a type, also of the elements of a list or of what may be None; empty if there are none."""
+    """Ranges in a type, including those of list elements and optional values; empty if there are none."""
     return tuple(mark for mark in _marks(hint) if mark is not RESUMABLE)
 
 
@@ -100,7 +100,7 @@ def choices(hint: Any) -> dict[str, str]:
 
 
 def _marks(hint: Any) -> tuple[Any, ...]:
-    """All that annotates a type, or a part of it."""
+    """All annotations of a type and of its parts."""
     own = tuple(hint.__metadata__) if get_origin(hint) is Annotated else ()
     parts = get_args(hint)[:1] if own else get_args(hint)
     return own + tuple(mark for part in parts for mark in _marks(part))
@@ -122,7 +122,7 @@ def _words(mark: Any) -> str:
 
 
 def _allowed(value: Any, marks: tuple[Any, ...]) -> bool:
-    """A value fits one of the ranges; where there is none, any does."""
+    """Whether a value is in one of the ranges; without ranges, any value is allowed."""
     return not marks or any(_fits(value, mark) for mark in marks)
 
 
@@ -141,7 +141,7 @@ def _fits(value: Any, mark: Any) -> bool:
 
 
 def _limits(mark: Any) -> tuple[Any, Any, Any, Any]:
-    """Of Ge, Gt and Interval: ge, gt, le and lt, None where there is no such limit."""
+    """The ge, gt, le and lt of a Ge, Gt or Interval, None where there is no such limit."""
     ge, gt, le, lt = (getattr(mark, name, None) for name in ("ge", "gt", "le", "lt"))
     return ge, gt, le, lt
 
@@ -151,7 +151,7 @@ def _takes_none(hint: Any) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What lists and mappings hold, at any depth; of anything else, itself."""
+    """Values in lists and mappings, at any depth; for anything else, itself."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

@@ -26,7 +26,7 @@ Root = TypeVar("Root", Config, EvalRun)
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A command that is configured."""
+    """A command that has a configuration."""
 
     command: str
     file: str
@@ -56,12 +56,12 @@ def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] |
     """The resolved configuration.
 
     Args:
-        kind: which: :class:`~s2w.config.schema.Config` or :class:`~s2w.config.schema.EvalRun`.
+        kind: :class:`~s2w.config.schema.Config` or :class:`~s2w.config.schema.EvalRun`.
         overrides: Hydra's: ``experiment=smollm2``, ``loop.steps=5``.
         directories: further directories to search for groups.
 
     Raises:
-        ConfigError: an unknown setting or group, a value of the wrong type, a setting that must be given.
+        ConfigError: an unknown setting or group, a value of the wrong type, a required setting that is missing.
     """
     for directory in directories or []:
         if not directory.is_dir():
@@ -77,7 +77,7 @@ def compose_as(kind: type[Root], overrides: list[str], directories: list[Path] |
     try:
         with initialize_config_dir(str(config_directory().resolve()), version_base=None):
             composed = hydra_compose(program.file, overrides)
-        # A plain container: merging it into the dataclasses also refuses what `+name=value` added.
+        # A plain container: merging it into the dataclasses also rejects keys added by `+name=value`.
         plain = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
         merged = OmegaConf.merge(OmegaConf.structured(kind), plain)
     except (HydraException, OmegaConfBaseException) as error:
@@ -105,7 +105,7 @@ def to_yaml(config: Config | EvalRun) -> str:
 
 
 def settings(kind: type = Config) -> list[tuple[str, Any, str]]:
-    """Every setting as (dotted name, default, documentation), in the order of config.py."""
+    """Every setting as (dotted name, default, documentation), in the order of schema.py."""
     return list(_walk(kind, ""))
 
 
@@ -171,7 +171,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def unknown_setting(key: str, kind: type) -> str:
-    """The sentence for a setting that does not exist, with the nearest that does."""
+    """Error message for a setting that does not exist, with the nearest one that does."""
     names = [name for name, _, _ in settings(kind)]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}?" if near else f"s2w {PROGRAMS[kind].command} --help lists them"

@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 
 def read_options(base: type[T] | T, given: Mapping[str, Any], prefix: str, also: Iterable[str] = ()) -> T:
-    """A dataclass of settings, with what ``given`` says in place of the values of ``base``.
+    """A dataclass of settings: the values of ``base``, replaced where ``given`` has others.
 
     Args:
         base: the dataclass, or one of its objects.
-        prefix: of the settings' names in an error, such as ``teachers.math.``.
-        also: further names that the mapping may have, for the nearest name in an error.
+        prefix: prefix of the settings' names in errors, such as ``teachers.math.``.
+        also: further names that the mapping may have, for suggestions in errors.
 
     Raises:
-        ConfigError: a name that is no field, a value of another type or outside of its range.
+        ConfigError: a name that is not a field, a value of the wrong type or out of range.
     """
     known = [field.name for field in dataclasses.fields(base)]  # type: ignore[arg-type]
     for key in given:
@@ -32,7 +32,7 @@ def read_options(base: type[T] | T, given: Mapping[str, Any], prefix: str, also:
             raise ConfigError(f"unknown setting {prefix}{key}{did_you_mean(key, [*known, *also])}")
     try:
         structured = OmegaConf.structured(base)
-        OmegaConf.set_readonly(structured, False)  # A frozen dataclass is made anew.
+        OmegaConf.set_readonly(structured, False)  # A frozen dataclass is rebuilt.
         made = OmegaConf.to_object(OmegaConf.merge(structured, dict(given)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from error

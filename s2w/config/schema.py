@@ -1,7 +1,7 @@
 """Every setting of s2w, as OmegaConf structured configs; ``s2w train --help`` prints this file's text.
 
 A setting is documented by the string under it. Its type holds its range and, where it does not change what is computed,
-``Resumable``: a resumed run may change it. :mod:`s2w.config.bounds` refuses what is outside of a range,
+``Resumable``: a resumed run may change it. :mod:`s2w.config.bounds` rejects values outside a range,
 :mod:`s2w.launch.check` impossible combinations, before anything starts. ``dtype: auto`` is bfloat16 where the hardware
 multiplies it natively (CUDA, AMX, AVX512-BF16) and float32 elsewhere.
 """
@@ -25,14 +25,14 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Nonnegative = Annotated[float, Ge(0)]
 AboveZero = Annotated[float, Gt(0)]
 Temperature = Annotated[float, Interval(ge=0.01, le=2), Or(0)]
-"""What vLLM samples at as it is written: it takes what is closer to 0 for 0.01."""
+"""Values that vLLM uses as given: it raises smaller ones above 0 to 0.01."""
 TopP = Annotated[float, Interval(gt=0, le=1)]
 TopK = Annotated[int, Ge(1), Or(-1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 EngineDtype = Annotated[str, OneOf("auto", "bfloat16", "float16", "float32")]
 Schedule = Annotated[str, OneOf("constant", "cosine")]
 
-# OmegaConf knows no Literal: to it these are strings, one of the same ones.
+# OmegaConf does not know Literal: to it these are strings with the same choices.
 if TYPE_CHECKING:
     ModeSetting: TypeAlias = Mode
     KindSetting: TypeAlias = SignalKind
@@ -85,7 +85,7 @@ Preflight = Annotated[
 
 @dataclass
 class TeacherConfig:
-    """The teacher: vLLM engines that score and never sample."""
+    """The teacher: vLLM engines that score and never generate."""
 
     model: str = MISSING
     """Hub id or path of the teacher's checkpoint."""
@@ -98,7 +98,7 @@ class TeacherConfig:
     tensor_parallel: Positive = 1
     """GPUs (CPU: worker processes) that share each layer."""
     pipeline_parallel: Positive = 1
-    """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
+    """Groups of layers, each on its own GPUs; an engine takes tensor_parallel x pipeline_parallel GPUs."""
     expert_parallel: bool = False
     """Spread whole experts over the tensor-parallel ranks (MoE teachers)."""
     context: str | None = None
@@ -121,7 +121,7 @@ class TeacherConfig:
     cpus: Resumable[Nonnegative] = 0.5
     """Ray CPUs that one engine reserves."""
     threads: Resumable[Positive | None] = None
-    """CPU only: cores of an engine; null is all of the node's."""
+    """CPU only: cores per engine; null is all of the node's."""
 
 
 @dataclass
@@ -135,12 +135,12 @@ class StudentConfig:
     init: StudentInit = "checkpoint"
     """Where the first weights come from."""
     keep_layers: Positive | None = None
-    """init=pruned: layers kept, evenly spaced, the first and the last among them."""
+    """init=pruned: layers kept, evenly spaced, including the first and the last."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """init=fresh: fields of the model's configuration to change, as {num_hidden_layers: 4}."""
+    """init=fresh: fields of the model's configuration to change, such as {num_hidden_layers: 4}."""
     thinking_switch: bool = False
-    """Give a chat template that knows no thinking Qwen3's enable_thinking: False puts an empty think block before the
-    answer. The student's checkpoints carry the new template."""
+    """Add Qwen3's enable_thinking to a chat template without thinking: False puts an empty think block before the
+    answer. The student's checkpoints include the new template."""
 
 
 @dataclass
@@ -148,17 +148,17 @@ class RolloutConfig:
     """The pool of vLLM engines that run the student."""
 
     engines: Resumable[Positive] = 1
-    """Engines of the pool; a setting of its own, whatever the learner and the teacher have."""
+    """Engines of the pool, independent of the sizes of the learner and the teacher."""
     tensor_parallel: Positive = 1
     """GPUs (CPU: worker processes) that share each layer."""
     pipeline_parallel: Positive = 1
-    """Groups of layers on GPUs of their own; an engine takes tensor_parallel x pipeline_parallel GPUs."""
+    """Groups of layers, each on its own GPUs; an engine takes tensor_parallel x pipeline_parallel GPUs."""
     expert_parallel: bool = False
     """Spread the experts of a MoE student over the workers of an engine."""
     max_tokens: Positive = 1024
-    """Longest response."""
+    """Longest response, in tokens."""
     temperature: Temperature = 1.0
-    """Of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: TopP = 1.0
     """Nucleus sampling; 1 keeps every token."""
     top_k: TopK = -1
@@ -169,7 +169,7 @@ class RolloutConfig:
         "Considering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
         "</think>.\n\n"
     )
-    """What closes it, inserted after thinking_budget tokens (Qwen3 Technical Report, section 4.3)."""
+    """Text that closes it, inserted after thinking_budget tokens (Qwen3 Technical Report, section 4.3)."""
     dtype: EngineDtype = "auto"
     """auto, bfloat16, float16 or float32."""
     max_sequences: Positive = 64
@@ -185,7 +185,7 @@ class RolloutConfig:
     cpus: Resumable[Nonnegative] = 0.5
     """Ray CPUs that one engine reserves."""
     threads: Resumable[Positive | None] = None
-    """CPU only: cores of an engine; null is all of the node's."""
+    """CPU only: cores per engine; null is all of the node's."""
 
 
 @dataclass
@@ -193,21 +193,21 @@ class LearnerConfig:
     """The DeepSpeed ranks that update the student."""
 
     ranks: Positive = 1
-    """Processes of the learner group, a GPU each on a GPU cluster."""
+    """Processes of the learner group, with one GPU each on a GPU cluster."""
     zero_stage: Annotated[int, Interval(ge=0, le=3)] = 2
     """0 to 3; 3 shards the weights too."""
     dtype: Annotated[str, OneOf("auto", "bfloat16", "float32")] = "auto"
-    """Of the weights that the products use; the optimizer's master copy is always float32."""
+    """Dtype of the weights in matrix products; the optimizer's master copy is always float32."""
     learning_rate: AboveZero = 1e-5
-    """The highest, reached after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     schedule: Schedule = "constant"
     """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step."""
     warmup_steps: Natural = 0
     """Steps of linear warm-up."""
     min_lr_ratio: Share = 0.0
-    """schedule=cosine: the last learning rate over the highest one."""
+    """schedule=cosine: the last learning rate divided by the peak."""
     weight_decay: Nonnegative = 0.0
-    """AdamW's, on matrices only."""
+    """AdamW's weight decay, on matrices only."""
     beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """AdamW's decay of the first moment."""
     beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
@@ -215,14 +215,14 @@ class LearnerConfig:
     eps: AboveZero = 1e-8
     """AdamW's term in the denominator."""
     max_grad_norm: Nonnegative = 1.0
-    """0 does not clip."""
+    """Gradient norm above which gradients are clipped; 0 does not clip."""
     max_skipped_steps: Natural = 3
-    """Steps in a row that may have a gradient that is not finite. The weights stay as they are in such a step; one more
-    ends the run."""
+    """Consecutive steps that may have a non-finite gradient. Such a step leaves the weights as they are; one more ends
+    the run."""
     tokens_per_micro_batch: Positive = 4096
-    """Prompt and response tokens, padding included, of one forward and backward pass of a rank."""
+    """Prompt and response tokens, padding included, in one forward and backward pass of a rank."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more work."""
+    """Recompute activations in the backward pass: less memory, a third more compute."""
     attention: Annotated[str, OneOf("sdpa", "eager", "flash_attention_2")] = "sdpa"
     """transformers' attn_implementation: sdpa, eager or flash_attention_2."""
     cpus: Resumable[Nonnegative] = 0.5
@@ -230,7 +230,7 @@ class LearnerConfig:
     gpus: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Ray GPUs that one rank reserves on a GPU cluster."""
     threads: Resumable[Positive | None] = None
-    """CPU only: threads of one rank; null shares the node's cores out among the ranks."""
+    """CPU only: threads of one rank; null divides the node's cores among the ranks."""
 
 
 @dataclass
@@ -238,14 +238,14 @@ class SignalConfig:
     """What the teacher sends for each response token."""
 
     kind: KindSetting = "hidden"
-    """What the teacher says about each response token."""
+    """What the teacher sends about each response token."""
     top_k: Positive = 64
-    """Ids a token, for topk and ids."""
+    """Ids per token, for topk and ids."""
     dtype: HiddenDtypeSetting = "auto"
     """kind=hidden: how hidden states travel from the teacher to the learner."""
     bias_every: Resumable[Natural] = 0
-    """kind=hidden: every so many steps, measure on one micro-batch of each rank what topk, ids and sampled would have
-    said instead (metrics.jsonl, `s2w signals RUN`); 0 never."""
+    """kind=hidden: every this many steps, measure on one micro-batch of each rank what topk, ids and sampled would have
+    given instead (metrics.jsonl, `s2w signals RUN`); 0 is never."""
 
 
 @dataclass
@@ -263,17 +263,17 @@ class LossConfig:
     temperature: AboveZero = 1.0
     """Divides the logits of both sides."""
     temperature_squared: bool = True
-    """Multiply the loss by temperature^2, which keeps the gradient's size (Hinton et al. 2015, section 2)."""
+    """Multiply the loss by temperature^2, which keeps the gradient's scale (Hinton et al. 2015, section 2)."""
     discount: Share = 0.0
-    """signal.kind=sampled: gamma above 0 credits a token with the log-ratios of those after it too, each gamma^distance
-    times; 1 is the gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
+    """signal.kind=sampled: gamma above 0 also credits a token with later log-ratios, each times gamma^distance; 1 is the
+    gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
     importance_limit: AboveZero | None = None
     """signal.kind=sampled: upper limit of a stale token's importance weight q / q_sampling (V-trace's rho-bar, arXiv
-    1802.01561); null is none."""
+    1802.01561); null is no limit."""
     chunk_rows: Positive = 1024
     """Rows of the [rows, vocabulary] buffers: memory of the loss, not its value."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of the objective and of the divergence that are in no section, by name: {part_nats: 20}."""
+    """Settings of the objective and the divergence that no section has, by name: {part_nats: 20}."""
 
 
 @dataclass
@@ -281,16 +281,16 @@ class RewardConfig:
     """The verified reward of a response: 1 if the verifier of its prompt's task scores the answer 1, else 0.
 
     Its policy gradient is GRPO's (arXiv 2402.03300, eq. 3, outcome supervision), without a reference model: the
-    advantage of a response is its reward less the mean of the responses to the same prompt (loop.samples_per_prompt of
+    advantage of a response is its reward minus the mean of the responses to the same prompt (loop.samples_per_prompt of
     them), and every token of the step has the same weight.
     """
 
     weight: Nonnegative = 0.0
-    """loss.objective=kdrl: of the policy gradient beside the divergence."""
+    """loss.objective=kdrl: weight of the policy gradient next to the divergence."""
     normalize: bool = True
     """Divide the advantages of a prompt by their standard deviation (GRPO; false as in Dr. GRPO, arXiv 2503.20783)."""
     clip_low: Annotated[float, Interval(gt=0, lt=1)] = 0.2
-    """Lower clipping of the importance ratio (PPO's epsilon); of effect only on stale tokens."""
+    """Lower clipping of the importance ratio (PPO's epsilon); it affects only stale tokens."""
     clip_high: AboveZero = 0.2
     """Upper clipping of the importance ratio."""
 
@@ -300,33 +300,33 @@ class LoopConfig:
     """The loop: generate, score, update, hot swap."""
 
     steps: Resumable[Natural] = 100
-    """Updates of the student; 0 leaves the on-policy phase out."""
+    """Updates of the student; 0 skips the on-policy phase."""
     prompts_per_step: Positive = 64
-    """Prompts of a batch."""
+    """Prompts per batch."""
     samples_per_prompt: Positive = 1
-    """Responses to each of them."""
+    """Responses to each prompt."""
     off_policy_fraction: Annotated[float, Interval(ge=0, lt=1)] = 0.0
-    """Share of a batch's prompts whose responses are the teacher's, out of the off-policy set, instead of the
-    student's: 1 - lambda of GKD (arXiv 2306.13649, algorithm 1). They are scored and learned like the others."""
+    """Share of a batch's prompts whose responses are the teacher's, from the off-policy set, instead of the
+    student's: 1 - lambda of GKD (arXiv 2306.13649, algorithm 1). They are scored and trained on like the others."""
     unreliable_weight: Share = 1.0
-    """Below 1, responses where the teacher is known to be wrong teach less: the divergence at their tokens weighs
-    u + (1 - u) r, where u is this number and r the share of the teacher's own answers to the prompt, in the off-policy
-    set, that were verified. (That a teacher's samples may all be wrong on a prompt, and what then: arXiv 2605.09725.)
-    Prompts that the teacher did not answer weigh 1."""
+    """Below 1, responses to prompts that the teacher is known to get wrong are down-weighted: the divergence at their
+    tokens has weight u + (1 - u) r, where u is this setting and r the share of the teacher's own answers to the prompt,
+    in the off-policy set, that were verified. (On prompts that a teacher always gets wrong: arXiv 2605.09725.) Prompts
+    that the teacher did not answer have weight 1."""
     max_staleness: Natural = 0
-    """How many versions old the policy that wrote a token may be when it is learned from. 0: each batch is
-    written by the weights that learn from it. n: generation runs up to n batches ahead."""
+    """How many versions old the policy that sampled a token may be when the token is trained on. 0: each batch is
+    sampled from the weights that train on it. n: generation runs up to n batches ahead."""
     eval_every: Resumable[Natural] = 0
-    """Held-out KL every so many steps, beside before and after; 0 is only before and after."""
+    """Held-out KL every this many steps, as well as before and after; 0 is only before and after."""
     checkpoint_every: Resumable[Natural] = 0
-    """A checkpoint every so many steps, beside the last; 0 is only the last."""
+    """A checkpoint every this many steps, as well as the last; 0 is only the last."""
     keep_checkpoints: Resumable[Positive] = 2
-    """The last ones that stay on disk."""
+    """How many of the latest checkpoints stay on disk."""
 
 
 @dataclass
 class FilterConfig:
-    """Which of the teacher's responses are dropped before the student learns them; in this order."""
+    """Which of the teacher's responses are dropped before the student trains on them, in this order."""
 
     truncated: bool = True
     """Drop those that were cut off, at the token limit or by an engine (finish_reason other than stop)."""
@@ -337,12 +337,12 @@ class FilterConfig:
     max_tokens: Positive | None = None
     """Drop longer responses; null is off_policy.max_tokens. Prompts longer than data.max_prompt_tokens go too."""
     loop_ngram: Natural = 128
-    """Drop responses that repeat up to so many tokens again and again, four times in a row or more; 0 drops none."""
+    """Drop responses that repeat a sequence of up to this many tokens four or more times in a row; 0 drops none."""
     loop_tokens: Natural = 64
-    """Tokens that such repetitions must cover."""
+    """Fewest tokens that such repetitions must cover."""
     cjk_share: Share = 0.01
-    """Drop responses of which more than this share of characters is Chinese, Japanese or Korean, to prompts without
-    any; 1 drops none."""
+    """Drop responses with more than this share of Chinese, Japanese or Korean characters, to prompts without any; 1
+    drops none."""
     duplicates: bool = True
     """Drop a response that is, token for token, another one to the same prompt in the same mode."""
     verified: bool = True
@@ -351,23 +351,23 @@ class FilterConfig:
 
 @dataclass
 class OffPolicyConfig:
-    """The first phase: the teacher answers, in every mode, and the student learns its answers."""
+    """The first phase: the teacher answers, in every mode, and the student trains on its answers."""
 
     steps: Natural = 0
-    """Updates of the student in this phase; 0 leaves the phase out. They may run over the responses several times."""
+    """Updates of the student in this phase; 0 skips the phase. They may go through the responses several times."""
     loss: str = "cross_entropy"
     """What the phase minimises: cross_entropy or divergence (s2w.objectives)."""
     path: str | None = None
-    """Ready responses instead of generated ones: a JSONL or Parquet file, or a directory of Parquet files, with the
+    """Existing responses instead of generated ones: a JSONL or Parquet file, or a directory of Parquet files, with the
     columns `messages` (the last one the assistant's), or `prompt` and `response`; also `mode`, `task`, `answer`."""
     prompts: Positive | None = None
     """Training prompts that the teacher answers, each in all of data.modes; null is all of them."""
     samples_per_prompt: Positive = 1
-    """Responses to each of them, in each mode."""
+    """Responses to each prompt, in each mode."""
     max_tokens: Positive = 1024
-    """Longest response."""
+    """Longest response, in tokens."""
     temperature: Temperature = 0.6
-    """Of the teacher's sampling; 0 is greedy. The defaults are Qwen3's own for thinking."""
+    """The teacher's sampling temperature; 0 is greedy. The defaults are Qwen3's own for thinking."""
     top_p: TopP = 0.95
     """Nucleus sampling; 1 keeps every token."""
     top_k: TopK = 20
@@ -375,23 +375,23 @@ class OffPolicyConfig:
     engines: Resumable[Positive | None] = None
     """vLLM engines that generate, before any other part starts; null is teacher.replicas."""
     shard_responses: Resumable[Positive] = 512
-    """Responses of one Parquet file; what an interruption can lose."""
+    """Responses per Parquet file; the most that an interruption can lose."""
     responses_per_step: Positive = 64
-    """Responses of an update."""
+    """Responses per update."""
     heldout_responses: Natural = 64
     """Responses kept out of training for the held-out loss; none of their prompts is trained on."""
     learning_rate: AboveZero = 1e-5
-    """The highest of this phase, reached after warm-up. Everything else of the optimizer is the learner's."""
+    """Peak learning rate of this phase, reached after warm-up. All other optimizer settings are the learner's."""
     schedule: Schedule = "cosine"
     """Learning rate after warm-up: constant, or cosine down to min_lr_ratio at the last step of the phase."""
     warmup_steps: Natural = 0
     """Steps of linear warm-up."""
     min_lr_ratio: Share = 0.0
-    """schedule=cosine: the last learning rate over the highest one."""
+    """schedule=cosine: the last learning rate divided by the peak."""
     eval_every: Resumable[Natural] = 0
-    """Held-out loss every so many steps, beside before and after; 0 is only before and after."""
+    """Held-out loss every this many steps, as well as before and after; 0 is only before and after."""
     checkpoint_every: Resumable[Natural] = 0
-    """A checkpoint every so many steps, beside the last; 0 is only the last."""
+    """A checkpoint every this many steps, as well as the last; 0 is only the last."""
     filters: FilterConfig = field(default_factory=FilterConfig)
 
 
@@ -408,21 +408,21 @@ class DataConfig:
     heldout_path: str | None = None
     """File of held-out prompts; null takes the last heldout_prompts of `path`."""
     train_prompts: Positive = 1024
-    """Prompts generated for training (tasks only); more steps than they last start another epoch."""
+    """Prompts generated for training (tasks only); when they run out, another epoch starts."""
     heldout_prompts: Positive = 64
     """Prompts of the held-out evaluation, one response each."""
     modes: list[ModeSetting] = field(default_factory=list)
-    """Modes of the prompts that do not say their own, in equal parts: think, no_think; empty means all that the chat
+    """Modes of prompts that do not name their own, in equal parts: think, no_think; empty means all that the chat
     template can ask for."""
     task_modes: dict[str, Any] = field(default_factory=dict)
-    """Modes of single tasks, by name: {chain_sum: [no_think]}; the others have those of `modes`."""
+    """Modes of individual tasks, by name: {chain_sum: [no_think]}; the others have those of `modes`."""
     think_ratio: Share | None = None
     """Share of on-policy training prompts in think mode, among those that may be in either; each prompt's mode is then
     drawn anew for every batch. null: a prompt keeps its mode, in equal parts."""
     think_ratio_end: Share | None = None
-    """The same at the last step: the share moves there from think_ratio linearly; null keeps it."""
+    """The same at the last step: the share moves there linearly from think_ratio; null keeps it."""
     max_prompt_tokens: Positive = 1024
-    """A longer prompt is refused."""
+    """Longest prompt, in tokens; a longer one is refused."""
     system_prompt: str | None = None
     """Put before messages that have no system turn."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -452,7 +452,7 @@ class RunConfig:
     name: Resumable[str] = "s2w"
     """The run's name, in the directory and in W&B."""
     seed: Seed = 0
-    """Of data order, sampling and fresh weights."""
+    """Seed of data order, sampling and fresh weights."""
     resume: Resumable[bool] = False
     """Continue the run in run.dir from its last checkpoint."""
     deterministic: Resumable[bool] = False
@@ -464,7 +464,7 @@ class RunConfig:
     wandb_project: Resumable[str] = "s2w"
     """The W&B project."""
     preflight: Resumable[Preflight] = "none"
-    """Fail at the start if the learner does not see what the teacher says (docs/signals.md)."""
+    """Fail at the start if the learner does not decode what the teacher computed (docs/signals.md)."""
     probe_tolerance: Resumable[AboveZero | None] = None
     """Mean |log-prob difference| between engine and learner, in nats, above which a swap fails the run; null is
     0.001 where both run in float32 and 0.25 otherwise."""
@@ -479,7 +479,7 @@ class EvalConfig:
     task_options: dict[str, Any] = field(default_factory=dict)
     """Options of a task, by its name: {chain_sum: {max_terms: 3}}."""
     problems: Positive = 64
-    """Problems generated for each task; they are those that `s2w train` holds out with the same seed."""
+    """Problems generated for each task; the same ones that `s2w train` holds out with the same seed."""
     path: str | None = None
     """Instead of tasks: a file of problems (JSONL, Parquet or CSV), or hf://datasets/OWNER/NAME[@REVISION]/FILE."""
     prompt_column: str = "prompt"
@@ -495,15 +495,15 @@ class EvalConfig:
     samples: Positive = 4
     """Responses to each problem in each mode."""
     k: list[Positive] = field(default_factory=lambda: [1])
-    """The k of pass@k, none above samples."""
+    """Values of k for pass@k, none above samples."""
     modes: list[ModeSetting] = field(default_factory=list)
     """think, no_think; empty means all that the chat template can ask for."""
     thinking_budgets: list[Positive | None] = field(default_factory=list)
     """Measure think mode at each of these budgets, null being none; empty means rollout.thinking_budget alone."""
     seed: Seed = 0
-    """Of generated problems, sampling, the order of choices and the bootstrap."""
+    """Seed of generated problems, sampling, the order of choices and the bootstrap."""
     max_prompt_tokens: Positive = 4096
-    """A longer prompt is refused."""
+    """Longest prompt, in tokens; a longer one is refused."""
     system_prompt: str | None = None
     """Put before messages that have no system turn."""
     output: str | None = None
@@ -531,9 +531,9 @@ class Config:
     teachers: dict[str, Any] = field(default_factory=dict)
     """Further teachers that score, by a name of your choice: {solver: {model: PATH, modes: [think], tasks: [TASK]}}. A
     response is scored by the first whose modes and tasks (either may be left out) include its prompt's, else by
-    `teacher`, whose settings they also have where they give none. The off-policy responses are `teacher`'s."""
+    `teacher`, whose settings they also inherit where they give none. The off-policy responses are `teacher`'s."""
     reference: dict[str, Any] = field(default_factory=dict)
-    """Engine settings of the student's first weights, where the objective has them score; those of `teacher` where it
+    """Engine settings for the student's first weights, where the objective has them score; those of `teacher` where it
     gives none: {replicas: 1, tensor_parallel: 1}."""
     student: StudentConfig = field(default_factory=StudentConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
