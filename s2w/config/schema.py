@@ -265,8 +265,8 @@ class LossConfig:
     temperature_squared: bool = True
     """Multiply the loss by temperature^2, which keeps the gradient's scale (Hinton et al. 2015, section 2)."""
     discount: Share = 0.0
-    """signal.kind=sampled: gamma above 0 also credits a token with later log-ratios, each times gamma^distance; 1 is the
-    gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
+    """signal.kind=sampled: gamma above 0 also credits a token with later log-ratios, each times gamma^distance; 1 is
+    the gradient of the whole response's reverse KL (MiniLLM, arXiv 2306.08543), 0 that of each token's."""
     importance_limit: AboveZero | None = None
     """signal.kind=sampled: upper limit of a stale token's importance weight q / q_sampling (V-trace's rho-bar, arXiv
     1802.01561); null is no limit."""
