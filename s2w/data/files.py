@@ -1,4 +1,4 @@
-"""Rows of JSONL, Parquet and CSV files; what is no such file is refused with the place where it shows."""
+"""Rows of JSONL, Parquet and CSV files; malformed files are refused, with the place of the error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a file.
 
     Raises:
-        ConfigError: as of :func:`rows`; there is no such file, or it is empty.
+        ConfigError: as in :func:`rows`; there is no such file, or it is empty.
     """
     if not path.is_file():
         raise ConfigError(f"There is no prompt file {str(path.absolute())!r}")
@@ -33,7 +33,7 @@ def rows(file: Path) -> Iterator[Row]:
     """The rows of a file, read as they are asked for.
 
     Raises:
-        ConfigError: its name ends otherwise, or what it holds is not what its name says.
+        ConfigError: its suffix is another one, or its content is not what its suffix says.
     """
     readers = {".jsonl": json_rows, ".parquet": parquet_rows, ".csv": csv_rows}
     if file.suffix not in readers:
@@ -42,10 +42,10 @@ def rows(file: Path) -> Iterator[Row]:
 
 
 def json_rows(file: Path) -> Iterator[Row]:
-    """The objects of a JSONL file, blank lines left out.
+    """The objects of a JSONL file; blank lines are skipped.
 
     Raises:
-        ConfigError: it is not UTF-8 text, or a line is not a JSON object; the message has its number.
+        ConfigError: it is not UTF-8 text, or a line is not a JSON object; the message gives its number.
     """
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
@@ -60,7 +60,7 @@ def json_rows(file: Path) -> Iterator[Row]:
 
 
 def csv_rows(file: Path) -> Iterator[Row]:
-    """The rows of a CSV file by the names in its first line.
+    """The rows of a CSV file, keyed by the names in its first line.
 
     Raises:
         ConfigError: it is not UTF-8 text, or not CSV.

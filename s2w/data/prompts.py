@@ -37,7 +37,7 @@ def build_prompts(
 
     Args:
         tokenizer: the student's; teacher and student share its vocabulary.
-        seed: of generated tasks and of each prompt's first sample.
+        seed: seed of generated tasks and of each prompt's first sample.
         modes: modes of the run; empty means all that the chat template can ask for.
         context_length: longest sequence, in tokens, that both models take.
 
@@ -71,7 +71,7 @@ def _with_modes(
     result: list[tuple[Question, Mode]] = []
     for question in questions:
         own = of_task.get(question.task, chosen)
-        # Asked for modes that the task does not have, its prompts keep to those that it has.
+        # If none of the modes asked for is the task's, its prompts keep to those that it has.
         allowed = [mode for mode in chosen if mode in own] or own
         mode = question.mode
         if mode is None:
@@ -95,7 +95,7 @@ def _task_modes(data: DataConfig, tasks: set[str]) -> dict[str, tuple[Mode, ...]
     """``data.task_modes``.
 
     Raises:
-        ConfigError: it names a task that no prompt has, or something else than modes.
+        ConfigError: it names a task that no prompt has, or something other than modes.
     """
     modes = {}
     for task, given in _plain(data.task_modes).items():
@@ -135,7 +135,7 @@ def _share(total: int, position: int, names: Sequence[str]) -> int:
 
 
 def _interleave(lists: list[list[Question]]) -> list[Question]:
-    """a0 b0 c0 a1 b1 ...: any head of the result is mixed in equal parts."""
+    """a0 b0 c0 a1 b1 ...: any prefix of the result is mixed in equal parts."""
     longest = max(map(len, lists), default=0)
     return [questions[i] for i in range(longest) for questions in lists if i < len(questions)]
 

@@ -1,7 +1,7 @@
-"""Questions, and how a row of a file becomes one: the one reader of prompts, problems and ready responses.
+"""Questions, and how a row of a file becomes one: the one reader of prompts, problems and existing responses.
 
-A row has the messages of a chat (``messages``, or ``prompt``: the text of one user message), and if you like ``mode``,
-``task``, ``answer``, ``metadata`` and ``response``. A last message of the assistant's is a response too.
+A row has the messages of a chat (``messages``, or ``prompt``: the text of one user message), and optionally ``mode``,
+``task``, ``answer``, ``metadata`` and ``response``. A final assistant message is a response too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Question:
     uid: str
     messages: Messages
     task: str = ""
-    """Whose verifier checks answers; empty where nothing does."""
+    """Task whose verifier checks answers; empty where there is none."""
     answer: str | None = None
     """None where the task's verifier needs none."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the verifier needs beside the answer."""
+    """What the verifier needs besides the answer."""
     mode: Mode | None = None
     """None: in any mode."""
 
@@ -59,7 +59,7 @@ def read_row(where: str, row: Row) -> tuple[Question, str | None]:
     """The question of a row, without uid, and its response if it has one.
 
     Args:
-        where: file and row, for the error's text.
+        where: file and row, for the error message.
 
     Raises:
         ConfigError: a column is missing or has a value that is not allowed.
@@ -92,7 +92,7 @@ def read_messages(where: str, given: Any) -> Messages:
     """Chat messages: those given, or one user message with the given text.
 
     Raises:
-        ConfigError: they are no messages.
+        ConfigError: they are not messages.
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
@@ -120,7 +120,7 @@ def check_prompt(where: str, messages: Messages) -> None:
 
 
 def with_system_prompt(question: Question, system_prompt: str | None) -> Question:
-    """The question behind ``system_prompt``; a system message of its own stays."""
+    """The question preceded by ``system_prompt``; if it has a system message, that stays."""
     if system_prompt is None or question.messages[0]["role"] == "system":
         return question
     return replace(question, messages=({"role": "system", "content": system_prompt}, *question.messages))
@@ -135,7 +135,7 @@ def as_prompts(
     """Every question as a prompt in its mode: rendered and tokenised.
 
     Args:
-        seed: what the seed of each prompt's first sample is derived from, beside the question's uid.
+        seed: what the seed of each prompt's first sample is derived from, besides the question's uid.
 
     Raises:
         ConfigError: the chat template cannot ask for a mode, or refuses the messages.
@@ -178,7 +178,7 @@ def _task(where: str, row: Row) -> tuple[str, str | None]:
 
 
 def _metadata(row: Row, task: str, messages: Messages, answer: str | None) -> dict[str, Any]:
-    """What the task's verifier needs: a function of the user's the whole row, a reasoning-gym scorer its entry."""
+    """What the task's verifier needs: a user's own function the whole row, a reasoning-gym scorer its entry."""
     if not task or task in VERIFIERS:
         return {}
     if is_custom(task):

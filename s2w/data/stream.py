@@ -24,10 +24,10 @@ class ThinkRatio:
     steps: int
     """Batches from the first to the last."""
     thinking: Sequence[Prompt]
-    """The prompts of the run, in think mode where they may be; beside them, in the same order, those that do not."""
+    """The run's prompts in their order, in think mode where they may be; those that may not be keep their mode."""
 
     def at(self, batch: int) -> float:
-        """Of a batch, the first being 0; linear, and constant after the last."""
+        """The share in a batch, counted from 0; linear, and constant after the last."""
         return self.first + (self.last - self.first) * min(1.0, batch / max(1, self.steps - 1))
 
 
@@ -37,10 +37,10 @@ class PromptStream:
     A batch may span two epochs. Each use of a prompt has its own seed, so a second epoch samples anew.
 
     Args:
-        prompts: of one run, always in the same order.
+        prompts: a run's prompts, always in the same order.
         prompts_per_step: size of a batch.
-        seed: of the permutations and the samples.
-        state: of an earlier stream over the same prompts, see :meth:`state_dict`.
+        seed: seed of the permutations and the samples.
+        state: that of an earlier stream over the same prompts, see :meth:`state_dict`.
         ratio: draws the mode anew for every batch; ``prompts`` are then in no_think mode where they may be. None
             leaves them as they are.
     """
@@ -136,7 +136,7 @@ def prompt_stream(
     """The on-policy phase's stream over the training ``prompts``, with the mode mix of ``data.think_ratio``.
 
     Raises:
-        ConfigError: the chat template has not both modes.
+        ConfigError: the chat template does not have both modes.
     """
     data, seed = config.data, config.run.seed
     if data.think_ratio is None:

@@ -1,4 +1,4 @@
-"""Procedural tasks: questions by name and seed, and their scorers. reasoning-gym's, and the testbed's beside them."""
+"""Procedural tasks: questions by name and seed, and their scorers. reasoning-gym's, and the testbed's."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def generate(
 
 
 def score(name: str, answer: str, entry: Entry, options: Mapping[str, Any] | None = None) -> float:
-    """reasoning-gym's score of an answer, in [0, 1]; 1 is right, some tasks give part marks.
+    """reasoning-gym's score of an answer, in [0, 1]; 1 is right, some tasks give partial credit.
 
     A scorer that fails on the answer's text (several evaluate it) scores it 0; one that never ends needs
     :class:`s2w.data.verifier_process.VerifierProcess`.
