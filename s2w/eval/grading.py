@@ -1,4 +1,4 @@
-"""What a response amounts to: right or not, in its mode or not, cut off or not, how long."""
+"""How a response is graded: right or not, in its mode or not, truncated or not, how long."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Grader:
             return self._verifier
 
     def close(self) -> None:
-        """Ends the child process, for good; grading that goes on in a thread ends with an error."""
+        """Ends the child process for good; grading still under way in a thread ends with an error."""
         with self._changing:
             self._closed = True
             if self._verifier is not None:

@@ -21,7 +21,7 @@ def heldout_responses(
 
     Args:
         rollouts: fresh ones of ``version``, one to each held-out prompt.
-        graded: the same in order.
+        graded: the same, in order.
         kl_sums: [rollouts, 2], forward and reverse KL summed over the sampled tokens of each, nats.
     """
     responses = []
@@ -49,8 +49,8 @@ def heldout_samples(
     """The first :data:`SAMPLES` responses of each mode: those to the same prompts at every version.
 
     Args:
-        rollouts, graded: as of :func:`heldout_responses`.
-        text: of a response, such as :meth:`s2w.eval.grading.Grader.text`.
+        rollouts, graded: as in :func:`heldout_responses`.
+        text: gives the text of a response, such as :meth:`s2w.eval.grading.Grader.text`.
     """
     samples: list[HeldoutSample] = []
     seen: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What a checkpoint is asked: generated tasks, or problems and answers of a file, each in every mode."""
+"""What a checkpoint is asked: generated tasks, or problems and answers from a file, each in every mode."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _file_problems(config: EvalConfig, location: str) -> list[Question]:
 
 
 def _shuffled(right: str, wrong: list[str], seed: int) -> tuple[str, str]:
-    """Lettered choices, a line each, and the letter of the right one."""
+    """Lettered choices, one per line, and the letter of the right one."""
     order = list(range(len(wrong) + 1))
     random.Random(seed).shuffle(order)
     choices = [right, *wrong]

@@ -38,7 +38,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class ProblemCount:
-    """How often one problem was solved: from these counts any pass@k and any paired test can be made again."""
+    """How often one problem was solved: from these counts any pass@k and any paired test can be recomputed."""
 
     uid: str
     task: str
@@ -111,12 +111,12 @@ def make_report(
     seed: int,
     sampling: Mapping[str, Any],
 ) -> EvalReport:
-    """Puts graded responses together.
+    """Aggregates graded responses.
 
     Args:
         graded: each response with the thinking budget that it was sampled under (None: none).
-        ks: the k of pass@k.
-        seed: of the sampling, and of the bootstrap.
+        ks: values of k for pass@k.
+        seed: seed of the sampling, and of the bootstrap.
 
     Raises:
         ValueError: a response has no verifier, or a problem has fewer samples than a k.

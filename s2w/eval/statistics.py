@@ -29,7 +29,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that one of ``k`` responses to a problem is right.
 
     ``1 - C(n - c, k) / C(n, k)`` as a product, Chen et al. 2021 (arXiv 2107.03374), equation 1: of all sets of k
-    among the n samples, the share that holds one of the c right ones.
+    among the n samples, the share that contains one of the c right ones.
 
     Args:
         samples: n, responses to the problem.
@@ -50,7 +50,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def bootstrap(values: Sequence[float], seed: int) -> Estimate:
     """The mean and its 95 % percentile bootstrap interval, problems drawn with replacement (Efron 1979).
 
-    The problems are taken for a sample of those that could have been asked; the interval says nothing about problems
+    The problems are taken as a sample of those that could have been asked; the interval says nothing about problems
     of another kind. It has no width where all values are the same.
 
     Args:
@@ -115,7 +115,7 @@ def bootstrap_token_mean_change(
 
 
 def _token_mean_interval(moments: Sequence[tuple[Sequence[float], Sequence[int]]], seed: int) -> Estimate:
-    """Of the first token mean, less the second where there is one."""
+    """Estimate of the first token mean, minus the second where there is one."""
     if not len(moments[0][0]):
         raise ValueError("there are no responses to average over")
     weights = [np.asarray(tokens, np.float64) for _, tokens in moments]
@@ -135,7 +135,7 @@ def _token_mean_interval(moments: Sequence[tuple[Sequence[float], Sequence[int]]
 def _draws(size: int, seed: int) -> Iterator[np.ndarray]:
     """Bootstrap resamples of ``size`` things, as indices [resamples, size] in parts that fit in memory."""
     draw = np.random.default_rng(seed)
-    # At once it is 800 MB for 10,000 things.
+    # In one piece they take 800 MB for 10,000 things.
     part = max(1, 1_000_000 // size)
     for start in range(0, RESAMPLES, part):
         yield draw.integers(0, size, (min(part, RESAMPLES - start), size))
