@@ -1,6 +1,6 @@
 """Refuses bad settings before anything starts; nothing here loads a model or touches the cluster.
 
-What a single setting may be stands beside it (:mod:`s2w.config.schema`); here is what no single setting can know.
+The range of a single setting is declared beside it (:mod:`s2w.config.schema`); here are the checks across settings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from s2w.teacher_data.shards import response_files
 
 
 def check(config: Config, *, generating: bool = False) -> ModelPair:
-    """Checks all that can be known without the cluster.
+    """Checks everything that can be known without the cluster.
 
     Args:
         generating: the teacher's responses are generated, even if off_policy.steps is 0.
@@ -127,10 +127,10 @@ def _check_lengths(
     student: Checkpoint,
     generating: bool,
 ) -> int:
-    """Prompts and responses fit the models' contexts and the teachers' engines.
+    """Checks that prompts and responses fit the models' contexts and the teachers' engines.
 
     Returns:
-        The longest prompt plus response of the student's, tokens.
+        The student's longest prompt plus response, tokens.
     """
     data, off = config.data, config.off_policy
     length = data.max_prompt_tokens + config.rollout.max_tokens
@@ -242,7 +242,7 @@ def _check_combinations(config: Config) -> None:
 
 
 def check_batches(section: str, engine: TeacherConfig | RolloutConfig) -> None:
-    """Raises ConfigError if an engine's batch has not a token for each of its requests."""
+    """Raises ConfigError if an engine's batch does not have a token for each of its requests."""
     if engine.max_batched_tokens is not None and engine.max_batched_tokens < engine.max_sequences:
         raise ConfigError(
             f"{section}.max_batched_tokens={engine.max_batched_tokens} is less than {section}.max_sequences="
@@ -260,7 +260,7 @@ def on_policy(config: Config) -> Objective:
 
 
 def off_policy(config: Config) -> Objective:
-    """The objective of the off-policy phase; errors as of :func:`on_policy`."""
+    """The objective of the off-policy phase; errors as in :func:`on_policy`."""
     return objective_class(config.off_policy.loss, "off_policy.loss", "off_policy").make(config)
 
 
@@ -287,7 +287,7 @@ def _check_loss(config: Config) -> None:
 
 
 def _check_objective(config: Config, objective: Objective) -> None:
-    """What the objective needs is there."""
+    """Checks that what the objective needs is there."""
     loop, rollout, reward = config.loop, config.rollout, config.reward
     if loop.unreliable_weight < 1 and not config.off_policy.filters.verified:
         raise ConfigError(
@@ -316,7 +316,7 @@ def _check_objective(config: Config, objective: Objective) -> None:
 
 
 def _check_routes(config: Config) -> None:
-    """Tasks that a teacher takes must be the run's."""
+    """Checks that the tasks that a teacher takes are the run's."""
     for route in routes(config):
         for task in route.tasks:
             if config.data.tasks and task not in config.data.tasks:
@@ -327,13 +327,13 @@ def _check_routes(config: Config) -> None:
 
 
 def check_prompts(config: Config, models: ModelPair, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """What the objective and the teachers need of the prompts.
+    """Checks what the objective and the teachers need of the prompts.
 
     Returns:
-        Tokens that each teacher's context adds to a prompt at most, see :func:`s2w.teacher.routing.context_lengths`.
+        The most tokens that each teacher's context adds to a prompt, see :func:`s2w.teacher.routing.context_lengths`.
 
     Raises:
-        ConfigError: names the first prompt that has no verifier, or not what a teacher's context asks for.
+        ConfigError: names the first prompt that has no verifier, or lacks what a teacher's context needs.
     """
     objective = on_policy(config)
     if config.loop.steps and objective.reward_needed == "required":
@@ -370,14 +370,14 @@ def _check_signal(config: Config) -> None:
 
 
 def _check_sampling(config: Config) -> None:
-    """What the student samples from must be what the signals ``sampled`` and ``ids`` are about.
+    """Checks that the student samples from the distribution that the signals ``sampled`` and ``ids`` are about.
 
     ``sampled`` estimates a sum over the vocabulary, at loss.temperature, from draws of the engine's distribution, and
-    weighs each by the ratio of the two: right on average where every token can be drawn. A token that top-p, top-k or
-    greedy sampling leaves out never is. A ratio at one token does not correct what follows it, and a limit on ratios
+    weights each by the ratio of the two: unbiased where every token can be drawn. A token that top-p, top-k or greedy
+    sampling leaves out never is. A ratio at one token does not correct what follows it, and a limit on ratios
     would cut fresh ones too: with loss.discount or loss.importance_limit both temperatures must be the same.
 
-    The candidates of ``ids`` are the likeliest of the engine's distribution, where all tokens left out are alike.
+    The candidates of ``ids`` are the most likely of the engine's distribution, where all tokens left out are tied.
     """
     rollout, loss, kind = config.rollout, config.loss, config.signal.kind
     cut = rollout.top_p != 1 or rollout.top_k != -1
@@ -432,7 +432,7 @@ def _check_off_policy(config: Config) -> None:
 
 
 def _scored_responses(config: Config) -> list[str]:
-    """The settings that have the teacher score its own responses, as they are written."""
+    """The settings that have the teacher score its own responses, as written."""
     off, fraction = config.off_policy, config.loop.off_policy_fraction
     candidates = (
         (f"off_policy.loss={off.loss}", off.steps and off_policy(config).signals),
@@ -457,13 +457,13 @@ def off_policy_prompts(loop: LoopConfig) -> int:
 
 
 def _uses_off_policy(config: Config) -> bool:
-    """The run needs responses of the teacher in one of its phases."""
+    """Whether the run needs responses of the teacher in one of its phases."""
     loop = config.loop
     return config.off_policy.steps > 0 or loop.off_policy_fraction > 0 or loop.unreliable_weight < 1
 
 
 def _check_run_directory(config: Config) -> None:
-    """A run directory can be written, and belongs to one configuration."""
+    """Checks that a run directory can be written, and belongs to one configuration."""
     directory = Path(config.run.dir)
     check_writable("run.dir", directory)
     stored = directory / "config.yaml"
@@ -485,10 +485,10 @@ def _check_run_directory(config: Config) -> None:
 
 
 def check_writable(setting: str, directory: Path) -> None:
-    """A directory is there and may be written, or may be made.
+    """Checks that a directory exists and can be written, or can be created.
 
     Raises:
-        ConfigError: it is below a file, is one, or may not be written.
+        ConfigError: it is a file or below one, or cannot be written.
     """
     nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     if not nearest.is_dir():

@@ -37,7 +37,7 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
         ConfigError: no cluster answers, or cuda is asked for and the cluster has none.
     """
     check_address(cluster)
-    # Ray says at every start that its default, a token, is on.
+    # Ray says at every start that token authentication, its default, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_no_default)
     own = cluster.address is None and "RAY_ADDRESS" not in os.environ
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -66,13 +66,13 @@ def connected(cluster: ClusterConfig) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def check_address(cluster: ClusterConfig) -> None:
-    """Sees whether a cluster answers, where one shall be joined: ``ray.init`` retries a dead address for minutes.
+    """Checks that a cluster answers, where one is to be joined: ``ray.init`` retries a dead address for minutes.
 
     Raises:
-        ConfigError: it is no address, or nothing or something else answers there.
+        ConfigError: it is not an address, or nothing, or something else, answers there.
     """
     setting, address = "cluster.address", cluster.address
-    # Ray's own rule: the environment replaces no address, and auto.
+    # Ray's own rule: the environment variable replaces a missing address, and auto.
     if (environment := os.environ.get("RAY_ADDRESS")) and address in (None, "auto"):
         setting, address = "RAY_ADDRESS", environment
     if address == "local":
@@ -105,7 +105,7 @@ def check_address(cluster: ClusterConfig) -> None:
             channel.close()
     except (OSError, grpc.FutureTimeoutError, grpc.RpcError) as error:
         if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
-            return  # A cluster, to which ray.init says what is wrong with the token.
+            return  # A cluster; ray.init says what is wrong with the token.
         reason = error.strerror or str(error) if isinstance(error, OSError) else "what listens there is something else"
         raise ConfigError(
             f"{setting}={address or 'null'}: no Ray cluster answers at {host}:{port} ({reason}): {hint}"
@@ -113,7 +113,7 @@ def check_address(cluster: ClusterConfig) -> None:
 
 
 def _is_no_default(record: logging.LogRecord) -> bool:
-    """Not the message that Ray's token authentication is on."""
+    """False for the message that Ray's token authentication is on."""
     return "is enabled" not in record.getMessage()
 
 

@@ -31,8 +31,8 @@ from s2w.rollout.pool import RolloutPool
 from s2w.rollout.thinking import check_thinking_budget
 
 QUEUE_DEPTH = 2
-"""Requests sent to an engine for each that it can run at once: it never waits for the next one, and Ray, which warns
-of long queues of calls, holds few."""
+"""Requests sent to an engine for each that it can run at once: it never waits for the next one, and few queue in Ray,
+which warns of long queues of calls."""
 
 
 def evaluate(run: EvalRun) -> EvalReport:
@@ -60,7 +60,7 @@ def evaluate(run: EvalRun) -> EvalReport:
         expert_parallel=run.rollout.expert_parallel,
     )
     problems = read_problems(run.eval)
-    # No budget is one that cannot be reached: None would be the pool's own setting.
+    # No budget is a budget that cannot be reached: None would be the pool's own setting.
     unlimited = run.rollout.max_tokens
     budgets, requests = [], []
     for mode, budget in _settings(run, checkpoint.tokenizer):

@@ -1,4 +1,4 @@
-"""The program behind ``s2w generate``: the teacher's responses, filtered, and nothing trained on them."""
+"""The program behind ``s2w generate``: the teacher's responses, generated and filtered, without training on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from s2w.teacher_data.collect import collect
 def generate(config: Config) -> int:
     """Fills ``off_policy/`` of the run directory; returns the exit code: 0, or 130 if it was interrupted.
 
-    ``s2w train`` with the same settings and run.resume=true goes on from there; another run can read the directory
+    ``s2w train`` with the same settings and run.resume=true continues from there; another run can read the directory
     with off_policy.path.
 
     Raises:

@@ -19,9 +19,9 @@ from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 
 CHECKPOINTS = Path("checkpoints")
-"""Of the on-policy phase, in the run directory."""
+"""Checkpoints of the on-policy phase, in the run directory."""
 OFF_POLICY = Path("off_policy")
-"""Of the off-policy files, in the run directory."""
+"""Files of the off-policy phase, in the run directory."""
 OFF_POLICY_CHECKPOINTS = OFF_POLICY / "checkpoints"
 
 
@@ -32,7 +32,7 @@ class Job:
     config: Config
     models: ModelPair
     context_tokens: dict[str, int]
-    """As of :func:`s2w.launch.check.check_prompts`."""
+    """As returned by :func:`s2w.launch.check.check_prompts`."""
     device: str
     """cuda or cpu."""
     directory: Path
@@ -42,7 +42,7 @@ class Job:
 
 
 def open_directory(config: Config) -> Path:
-    """The run directory, made if it is not there, with the resolved settings in it."""
+    """The run directory, created if missing, with the resolved settings in it."""
     directory = Path(config.run.dir).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / "config.yaml.partial"
@@ -67,7 +67,7 @@ def run_to_its_end(work: Coroutine[Any, Any, None], directory: Path, progress: P
     """Runs ``work`` to its end (0), or until SIGINT or SIGTERM cancels it (130); then says how to continue.
 
     Args:
-        directory: of the run.
+        directory: the run's.
 
     Raises:
         RunError: the work failed; its traceback is in ``error.log`` of the directory.

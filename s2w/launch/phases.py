@@ -36,7 +36,7 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
     """The off-policy phase, or what is left of it: a checkpoint in, one out.
 
     The parts start one after the other, so that they can use the same GPUs: first the engines that generate, then
-    the learner and, where the objective asks it, the teacher that scores.
+    the learner and, where the objective needs it, the teacher that scores.
 
     Args:
         student: the checkpoint to start from.
@@ -46,7 +46,7 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
         The phase's last checkpoint: the student that the on-policy phase starts from.
 
     Raises:
-        ConfigError: no responses to train on, or others than those of the checkpoint to continue from.
+        ConfigError: no responses to train on, or not those of the checkpoint to continue from.
     """
     config, progress = job.config, job.progress
     off, checkpoints = config.off_policy, job.directory / OFF_POLICY_CHECKPOINTS
@@ -226,7 +226,7 @@ def off_policy_settings(config: Config) -> Config:
 
 
 async def teacher_reliability(config: Config, teacher_responses: TeacherResponses) -> Reliability | None:
-    """Weights by the teacher's own verdicts; collects its responses if they count."""
+    """Weights by the verdicts on the teacher's own responses; collects those if they count."""
     if config.loop.unreliable_weight == 1:
         return None
     filtered = await teacher_responses.filtered()

@@ -1,18 +1,18 @@
-"""A run's self-test before its first step: does the learner see what the teacher says? (``run.preflight``)
+"""A run's self-test before its first step: does the learner decode what the teacher computed? (``run.preflight``)
 
-Two ways, by what the learner ranks have room for:
+Two ways, depending on what the learner ranks have room for:
 
 ``divergence``
     The ranks load the teacher's checkpoint as their student. The run's rollout engines answer held-out prompts, its
-    teacher scores them, the signals take the run's wire, and the divergence of a student that is its own teacher must
-    vanish.
+    teacher scores them, the signals go through the run's wire, and the divergence of a student that is its own teacher
+    must vanish.
 ``log_probs``
     For teachers that the ranks cannot hold. A vLLM engine in the generate runner gives the teacher's log-probs of
-    held-out prompts, and is ended; then the learner decodes the same log-probs from the signals of the run. This
+    held-out prompts, and is stopped; then the learner decodes the same log-probs from the signals of the run. This
     checks teacher, wire and head; the student's side is what the probe after each swap compares.
 
-A teacher that returns rows shifted by one, another model's rows, or a uniform distribution is off by whole nats. Before
-any model loads, both ways compare how the chat templates of teacher and student render the prompts.
+A teacher whose signal is shifted by one position, another model's, or a uniform distribution is off by whole nats.
+Before any model loads, both ways compare how the chat templates of teacher and student render the prompts.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from s2w.teacher.routing import Teachers, routes, teacher_name, teacher_settings
 from s2w.teacher_data.generate import engine_settings
 
 PROMPTS = 8
-"""Held-out prompts that are asked."""
+"""Held-out prompts that are used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """The largest error that rounding explains, in nats a token."""
+    """The largest error that rounding explains, in nats/token."""
 
     divergence: float
     """Of a student that is its teacher: quadratic in the errors of log-probs."""
@@ -53,7 +53,7 @@ class Tolerance:
 
 FLOAT32 = Tolerance(divergence=1e-6, log_prob=1e-3)
 LOW_PRECISION = Tolerance(divergence=0.05, log_prob=0.25)
-"""With bfloat16, float16 or float8 on the way: two implementations of a model's layers may differ by 0.14 nats a
+"""With bfloat16, float16 or float8 on the way: two implementations of a model's layers may differ by 0.14 nats per
 log-prob, and another distribution differs by nats."""
 
 
@@ -66,12 +66,12 @@ def tolerance(config: Config, device: str) -> Tolerance:
 
 
 def check_templates(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Each teacher's own chat template renders the prompts to the tokens that it is going to score.
+    """Checks that each teacher's own chat template renders the prompts to the tokens that it is going to score.
 
     Teachers without a template pass, and so do all where ``student.thinking_switch`` changes the student's.
 
     Raises:
-        ConfigError: it does not; says where they part.
+        ConfigError: it does not; says where they differ.
     """
     if config.student.thinking_switch:
         return
@@ -106,7 +106,7 @@ async def check_teachers_as_students(
     """``divergence``, before the run's learner starts: a learner group for each teacher, one after the other.
 
     Raises:
-        PreflightError: some teacher is not its own student.
+        PreflightError: see :func:`check_divergence`.
     """
 
     async def generate_and_score(prompt: Prompt) -> Scored:
@@ -127,11 +127,11 @@ async def check_teachers_as_students(
 
 
 async def check_divergence(learner: LearnerGroup, samples: Sequence[Scored], limit: Tolerance) -> float:
-    """The larger of forward and reverse KL, in nats a token, of a learner whose student is the samples' teacher.
+    """The larger of forward and reverse KL, in nats/token, of a learner whose student is the samples' teacher.
 
     With signal ``sampled``, which has no distribution, it is the mean |difference| between the log-probs of teacher and
-    student at the sampled tokens. (In an estimate of the reverse KL errors of both signs would cancel; those of shifted
-    rows do, but for the first and the last.)
+    student at the sampled tokens. (In an estimate of the reverse KL, errors of opposite signs would cancel; those of
+    a shifted signal do, except at the first and the last position.)
 
     Raises:
         PreflightError: it is above the limit; names the worst sample.
