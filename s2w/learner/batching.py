@@ -1,6 +1,6 @@
-"""Cuts the samples of a step into micro-batches: equally many on every rank, of nearly equal size.
+"""Cuts the samples of a step into micro-batches: the same number on every rank, of nearly equal size.
 
-Pure functions of sequence lengths, in tokens. Ranks exchange gradients (and, at ZeRO stage 3, weights) once a
+Pure functions of sequence lengths, in tokens. Ranks exchange gradients (and, at ZeRO stage 3, weights) once per
 micro-batch, so all must run the same number of them, and the k-th takes as long as its slowest rank does.
 """
 
@@ -27,7 +27,7 @@ def padded_tokens(lengths: Sequence[int], batch: MicroBatch) -> int:
 def plan_micro_batches(lengths: Sequence[int], budget: int, ranks: int) -> list[list[MicroBatch]]:
     """Distributes samples over ranks; deterministic.
 
-    Samples sorted by length are cut into runs of at most ``budget`` padded tokens; a longer sample is alone. The
+    Samples sorted by length are cut into runs of at most ``budget`` padded tokens; a longer sample is on its own. The
     number of runs is the least that the budget allows, rounded up to a multiple of ``ranks``, and the runs are made
     as even as that number lets them be. Fewer samples than ranks: the shortest is repeated with weight 0.
 
@@ -38,7 +38,7 @@ def plan_micro_batches(lengths: Sequence[int], budget: int, ranks: int) -> list[
 
     Returns:
         For each rank its micro-batches in the order in which to run them, largest first. The k-th of all ranks are
-        neighbours in size; every rank has the same number.
+        neighbours by size; every rank has the same number.
 
     Raises:
         ValueError: no samples, a length below 1, or a budget or number of ranks below 1.

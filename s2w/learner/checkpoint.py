@@ -1,4 +1,4 @@
-"""Checkpoints of the learner: a Hugging Face model that any library loads, and the state to continue from.
+"""Checkpoints of the learner: a Hugging Face model that any library can load, and the state to continue from.
 
 ::
 
@@ -9,8 +9,8 @@
         state.json     step, shape of the learner group, and what the caller gave
       latest -> step_000010
 
-A checkpoint is written under a temporary name and renamed when it is whole, so a directory called ``step_*`` is
-complete. On several nodes the directory must be on a file system that all of them share.
+A checkpoint is written under a temporary name and renamed at the end, so a directory called ``step_*`` is complete.
+On several nodes the directory must be on a file system that all of them share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def step_dir(root: Path, step: int) -> Path:
 
 def begin(root: Path, step: int) -> Path:
     """Makes the temporary directory that :func:`commit` turns into the checkpoint of ``step``."""
-    for rest in [*root.glob("step_*.partial"), *root.glob("step_*.deleted")]:  # Of a run that was killed.
+    for rest in [*root.glob("step_*.partial"), *root.glob("step_*.deleted")]:  # Left by a killed run.
         shutil.rmtree(rest)
     directory = root / f"{step_dir(root, step).name}.partial"
     directory.mkdir(parents=True)
@@ -79,7 +79,7 @@ def commit(partial: Path, state: dict[str, Any], keep: int) -> Path:
 
 
 def _delete(directory: Path) -> None:
-    """Takes the checkpoint's name away first: a half-deleted one does not look like one."""
+    """Renames the checkpoint first: a half-deleted one must not look like one."""
     nameless = directory.with_name(f"{directory.name}.deleted")
     directory.rename(nameless)
     shutil.rmtree(nameless)
@@ -95,7 +95,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint.
 
     Raises:
-        FileNotFoundError: ``directory`` is no complete checkpoint.
+        FileNotFoundError: ``directory`` is not a complete checkpoint.
     """
     return json.loads((directory / STATE_FILE).read_text())
 
@@ -104,7 +104,7 @@ def write_texts(directory: Path, model: PreTrainedModel, source: Path, chat_temp
     """Writes configuration and generation configuration of ``model``; copies the tokenizer's files from ``source``.
 
     The tokenizer's files are those of the checkpoint that the student started from, byte for byte; a given
-    ``chat_template`` takes the place of its own.
+    ``chat_template`` replaces its own.
     """
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
@@ -116,5 +116,5 @@ def write_texts(directory: Path, model: PreTrainedModel, source: Path, chat_temp
             if path.name not in _MODEL_FILES and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, directory / path.name)
     if chat_template is not None:
-        # The file goes before a template in tokenizer_config.json.
+        # The file takes precedence over a template in tokenizer_config.json.
         (directory / "chat_template.jinja").write_text(chat_template)

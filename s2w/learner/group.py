@@ -1,4 +1,4 @@
-"""The learner as the controller sees it: places the ranks, shares out the work, gathers what they report."""
+"""The learner as the controller sees it: places the ranks, distributes the work, gathers what they report."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from s2w.weights.transfer import Update
 logger = logging.getLogger(__name__)
 
 FAILING_S = 5
-"""How long the other ranks have to fail, when one has."""
+"""Seconds that the other ranks have to fail once one has."""
 ABANDONED_S = 600
-"""How long ranks may go on with a call whose caller was cancelled."""
+"""Seconds that ranks may continue a call whose caller was cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +68,25 @@ class LearnerStep:
     left_out: float
     """Share of the samples that the objective has left out."""
     grad_norm: float
-    """Of the whole gradient, before clipping."""
+    """Norm of the whole gradient, before clipping."""
     learning_rate: float
     seconds: float
     signal_bytes: int
-    """Taken out of the object store."""
+    """Bytes taken out of the object store."""
     fetch_seconds: float
-    """Getting and joining signals, beside the work; summed over the ranks."""
+    """Time to get and join signals, alongside the work; summed over the ranks."""
     wait_seconds: float
-    """Time without work, waiting for signals; of the rank that waited longest."""
+    """Idle time, waiting for signals; of the rank that waited longest."""
     micro_batches: int
-    """Of each rank."""
+    """Micro-batches of each rank."""
     signal_bias: dict[str, dict[str, float]]
     """See :func:`s2w.learner.signal_bias.summarise`; empty unless signal.bias_every asks for it in this step."""
     skipped: str
-    """Why the weights are as before: one sentence that names the samples; empty after an ordinary update."""
+    """Why the weights are unchanged: one sentence that names the samples; empty after an ordinary update."""
 
 
 class LearnerError(RuntimeError):
-    """The group cannot be used any more: a rank failed alone, so all were ended; start another group."""
+    """The group can no longer be used: a rank failed alone, so all were ended; start another group."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ class LearnerGroup:
             LearnerError: a rank failed to start.
         """
         # DeepSpeed is imported here to name the actor's class, and only here: a refused run should not wait for it.
-        # It need not look for accelerators in this process; the ranks have a setting of their own.
+        # It need not look for accelerators in this process; the ranks have their own setting.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from s2w.learner.worker import LearnerRank
 
@@ -159,7 +159,7 @@ class LearnerGroup:
         return group
 
     async def build(self, student: ModelReference, vocab_size: int, chat_template: str | None = None) -> None:
-        """Makes the engines anew from ``config``, with the weights of ``student`` and a fresh optimizer.
+        """Rebuilds the engines from ``config``, with the weights of ``student`` and a fresh optimizer.
 
         Args:
             student: the checkpoint to start from.
@@ -194,8 +194,8 @@ class LearnerGroup:
 
         Raises:
             ValueError: no samples, one without sampled tokens, or an id past the vocabulary.
-            SignalLostError, NonFiniteError: the message names the samples; weights and optimizer are as before.
-                NonFiniteError too after more than ``learner.max_skipped_steps`` steps without a finite gradient.
+            SignalLostError, NonFiniteError: the message names the samples; weights and optimizer are unchanged.
+                NonFiniteError also after more than ``learner.max_skipped_steps`` steps without a finite gradient.
             LearnerError: a rank failed alone.
         """
         began = time.perf_counter()
@@ -235,14 +235,14 @@ class LearnerGroup:
         )
 
     def _nothing(self, samples: int, step: int, rate: float) -> LearnerStep:
-        """The report of a step whose samples the objective has all left out."""
+        """The report of a step in which the objective has left out all samples."""
         sentence = f"step {step + 1}: the objective leaves out all {samples} samples, and the update with them"
         self._count_skipped(sentence)
         unknown = {DIVERGENCE.name: math.nan, STUDENT_ENTROPY.name: math.nan}
         return LearnerStep(0, math.nan, unknown, {}, {}, 1.0, 0.0, rate, 0.0, 0, 0.0, 0.0, 0, {}, sentence)
 
     def _skipped(self, reports: Sequence[RankStep], step: int) -> str:
-        """``LearnerStep.skipped``; counts."""
+        """``LearnerStep.skipped``; also counts it."""
         if math.isfinite(reports[0].grad_norm):
             self.skipped_in_a_row = 0
             return ""
@@ -253,7 +253,7 @@ class LearnerGroup:
         return sentence
 
     def _count_skipped(self, sentence: str) -> None:
-        """Raises NonFiniteError after too many steps without an update in a row."""
+        """Raises NonFiniteError after too many consecutive steps without an update."""
         self.skipped_in_a_row += 1
         limit = self.config.learner.max_skipped_steps
         if self.skipped_in_a_row > limit:
@@ -270,7 +270,7 @@ class LearnerGroup:
     async def evaluate_samples(self, samples: Sequence[Scored], divergences: Sequence[str]) -> np.ndarray:
         """Divergences summed over the sampled tokens of each sample, in nats, at the temperature of the loss.
 
-        With signals ``topk`` and ``ids`` they are those of the coarsened distributions, lower bounds of the exact
+        With signals ``topk`` and ``ids`` they are those of the coarsened distributions, lower bounds on the exact
         ones; with ``sampled`` only ``reverse_kl`` is known, as an estimate, and the others are NaN.
 
         Returns:
@@ -289,7 +289,7 @@ class LearnerGroup:
         return sums
 
     async def teacher_log_probs(self, samples: Sequence[Scored]) -> list[np.ndarray]:
-        """Log-probs of the sampled tokens as the signals give them, for each sample float32 [m], in nats.
+        """Log-probs of the sampled tokens decoded from the signals, for each sample float32 [m], in nats.
 
         At temperature 1 with signal ``hidden``, at the loss's with the others; NaN where the token is not among the
         ids of a ``topk`` or ``ids`` signal.
@@ -309,7 +309,7 @@ class LearnerGroup:
         return (await self._call("probe", lambda rank, _: rank.probe.remote(token_ids, temperature)))[0]
 
     async def prepare_weights(self, workers: dict[int, int]) -> Update:
-        """See :class:`s2w.weights.publish.WeightSource`, as of the next two."""
+        """See :class:`s2w.weights.publish.WeightSource`, also for the next two."""
         return (await self._call("prepare_weights", lambda rank, _: rank.prepare_weights.remote(workers)))[0]
 
     async def connect_weights(self) -> None:
@@ -322,7 +322,7 @@ class LearnerGroup:
         """Writes the checkpoint after ``step`` optimizer steps under ``root``; see :mod:`s2w.learner.checkpoint`.
 
         Args:
-            data: JSON values that :meth:`load` gives back, such as the position in the data.
+            data: JSON values that :meth:`load` returns, such as the position in the data.
             keep: checkpoints to keep, this one included.
 
         Returns:
@@ -341,7 +341,7 @@ class LearnerGroup:
             Optimizer steps done, and the ``data`` that :meth:`save` was given.
 
         Raises:
-            FileNotFoundError: ``directory`` is no complete checkpoint.
+            FileNotFoundError: ``directory`` is not a complete checkpoint.
             ValueError: it was written by a group of another shape.
         """
         directory = directory.absolute()
@@ -359,7 +359,7 @@ class LearnerGroup:
         return state["step"], state["data"]
 
     def shutdown(self) -> None:
-        """Ends the ranks and gives their resources back."""
+        """Ends the ranks and releases their resources."""
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
@@ -380,7 +380,7 @@ class LearnerGroup:
             what: the call, for the text of an error.
             call: makes the call, given a rank and its number.
 
-        A caller that is cancelled leaves at once; the next call waits until the ranks have ended this one.
+        A cancelled caller returns at once; the next call waits until the ranks have finished this one.
         """
         await self.lock.acquire()
         calls = asyncio.create_task(self._on_all_ranks(what, call))
@@ -392,12 +392,12 @@ class LearnerGroup:
             raise
 
     def _give_up(self, call: asyncio.Task[list[Any]]) -> None:
-        """Ends ranks that are still in a call that nobody waits for, such as in a collective without a partner."""
+        """Ends ranks still in a call that nobody waits for, such as a collective without a partner."""
         if not call.done():
             self.shutdown()
 
     async def _on_all_ranks(self, what: str, call: Callable[[Any, int], Any]) -> list[Any]:
-        """One call of all ranks, which are idle.
+        """One call to all ranks, which are idle.
 
         A rank that fails alone leaves the others waiting in a collective, so the first failure ends them all. A step
         that the ranks refuse together leaves them as they were.
@@ -412,7 +412,7 @@ class LearnerGroup:
             await asyncio.gather(*calls, return_exceptions=True)
             raise
         except Exception:
-            # A rank that died breaks the connections of the others, who may tell of it first.
+            # A rank that died breaks the connections of the others, which may report it first.
             await asyncio.wait(calls, timeout=FAILING_S)
             failed = {i: error for i, one in enumerate(calls) if one.done() and (error := one.exception())}
             died = [i for i, error in failed.items() if isinstance(error, PROCESS_DEATHS)]
@@ -428,14 +428,14 @@ class LearnerGroup:
         for rollout in (sample.rollout for sample in samples):
             if len(rollout.sampled_rows) == 0:
                 raise ValueError(f"rollout {rollout.uid} has no sampled tokens")
-            # On a GPU such an id is a failed assertion of a kernel, and the process can compute nothing more.
+            # On a GPU such an id fails an assertion in a kernel, after which the process cannot compute anything.
             if (largest := rollout.input_ids.max()) >= self.vocab_size:
                 raise ValueError(
                     f"rollout {rollout.uid} has the token id {largest}, and the vocabulary that teacher and student "
                     f"share ends at {self.vocab_size - 1}"
                 )
         plan: list[list[MicroBatch]] = [[] for _ in self.ranks]
-        # A micro-batch has one teacher, whose head it is multiplied with.
+        # A micro-batch has one teacher, since it is multiplied by that teacher's head.
         names = [sample.signal.name if sample.signal else "" for sample in samples]
         for name in sorted(set(names)):
             own = [index for index, owner in enumerate(names) if owner == name]
@@ -466,7 +466,7 @@ def _share_out(samples: Sequence[Scored], plan: list[list[MicroBatch]]) -> list[
 
 
 def _order(plan: list[list[MicroBatch]]) -> list[int]:
-    """The samples in the order in which the ranks' results for them stand, one rank after the other."""
+    """The samples in the order of the ranks' results for them, one rank after the other."""
     return [index for rank in plan for batch in rank if batch.weighted for index in batch.samples]
 
 

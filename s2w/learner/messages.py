@@ -15,7 +15,7 @@ from s2w.records import Scored, SignalKind
 
 
 class StepRefusedError(RuntimeError):
-    """A step that all ranks gave up together: the weights and the optimizer are as before it."""
+    """A step that all ranks gave up together: weights and optimizer are unchanged."""
 
 
 class NonFiniteError(StepRefusedError):
@@ -39,7 +39,7 @@ class RankSpec:
     student: ModelReference
     """The checkpoint to start from."""
     chat_template: str | None
-    """Goes into the student's checkpoints in place of the template in ``student``; None leaves that one."""
+    """Goes into the student's checkpoints in place of the template in ``student``; None keeps that one."""
     teachers: dict[str, tuple[str, str | None]]
     """By name: hub id or path and revision of each teacher and of the reference; ``hidden`` needs their heads."""
     vocab_size: int
@@ -49,7 +49,7 @@ class RankSpec:
     dtype: str
     """float32 or bfloat16."""
     engine_dtype: str
-    """Of the weights that rollout engines receive."""
+    """Dtype of the weights that rollout engines receive."""
     seed: int
     run_dir: Path
     """Where the micro-batch of a refused step is written."""
@@ -72,16 +72,16 @@ class RankStep:
     loss_sum: float
     """The objective summed over this rank's response tokens."""
     grad_norm: float
-    """Of the whole gradient, before clipping; the same on all ranks. Infinite: the optimizer left the step out."""
+    """Norm of the whole gradient, before clipping; the same on all ranks. Infinite: the optimizer skipped the step."""
     flawed: list[str]
-    """Then, this rank's samples whose own gradient is not finite."""
+    """In that case, this rank's samples whose own gradient is not finite."""
     signal_bytes: int
     fetch_seconds: float
-    """Getting and joining signals, beside the work."""
+    """Time to get and join signals, alongside the work."""
     wait_seconds: float
-    """Time without work, waiting for signals."""
+    """Idle time, waiting for signals."""
     signal_bias: dict[str, SignalSums]
-    """Of the first micro-batch, where it was asked for."""
+    """For the first micro-batch, where it was asked for."""
 
 
 def sequence_length(sample: Scored) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints of a phase: when they are due, and a last one when it ends before its time."""
+"""Checkpoints of a phase: when they are due, and a last one when it ends early."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Saver:
     """Saves the updates of one phase.
 
     Args:
-        directory: of the phase's checkpoints.
+        directory: the phase's checkpoints.
         keep: checkpoints that stay on disk.
         step: updates that the learner's weights have already had (resume).
         say: prints a line.
@@ -28,7 +28,7 @@ class Saver:
 
     @uninterrupted
     async def save(self, step: int, data: dict[str, Any]) -> None:
-        """Checkpoint after ``step`` updates, with ``data`` beside it, unless it is there."""
+        """Writes the checkpoint after ``step`` updates, with ``data``, unless it is there."""
         if step == self._saved:
             return
         path = await self._learner.save(self._directory, step, data, self._keep)
@@ -44,5 +44,5 @@ class Saver:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is due after ``step``."""
+    """Whether something done every ``every`` steps (0: never) is due after ``step``."""
     return every > 0 and step % every == 0

@@ -11,7 +11,7 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     """Learning rate of optimizer step ``step`` (the first is 0) of ``total_steps``.
 
     Linear warm-up reaches ``learning_rate`` on step ``warmup_steps`` - 1. Then it is constant, or falls along half a
-    cosine (Loshchilov and Hutter 2017, eq. 5) to ``min_lr_ratio`` of the highest on the last step and stays there.
+    cosine (Loshchilov and Hutter 2017, eq. 5) to ``min_lr_ratio`` of the peak on the last step and stays there.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

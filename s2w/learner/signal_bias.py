@@ -1,9 +1,9 @@
-"""What cheaper teacher signals would have said, measured where the whole distribution is at hand.
+"""What cheaper teacher signals would have given, measured where the whole distribution is known.
 
-On the rows of a micro-batch with signal ``hidden``: the divergence that each other signal gives, and the gradient by
-the student's hidden rows, beside the exact ones. The signals are those that the teacher would have sent: ``topk`` its
-own ids, ``ids`` the student's, ``sampled`` the response's token (importance ratio 1: as if the current student had
-written it), and hidden rows in a smaller dtype.
+On the tokens of a micro-batch with signal ``hidden``: the divergence that each other signal gives, and the gradient
+with respect to the student's hidden states, beside the exact ones. The signals are those that the teacher would have
+sent: ``topk`` its own ids, ``ids`` the student's, ``sampled`` the response's token (importance ratio 1: as if the
+current student had sampled it), and hidden states in a smaller dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from s2w.objectives.support import signal_support
 from s2w.teacher.signal import HiddenDtype, bytes_per_row, decode, encode, hidden_rows
 
 TOP_K = (16, 64, 256)
-"""Ids a row of ``topk`` and ``ids``; those above the vocabulary are left out."""
+"""Ids per token of ``topk`` and ``ids``; those above the vocabulary's size are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class SignalSums:
     exact: float
     """Divergence by the whole distribution, nats."""
     dot: float
-    """Inner product of the gradient by the student's hidden rows, [rows, d] as one vector, with the exact one."""
+    """Inner product of the gradient by the student's hidden states, [rows, d] as one vector, with the exact one."""
     square: float
     """Squared norm of the gradient."""
     exact_square: float
@@ -66,17 +66,17 @@ def signal_bias(
     chunk_rows: int = 1024,
     top_k: Sequence[int] = TOP_K,
 ) -> dict[str, SignalSums]:
-    """Compares signals on one micro-batch; neither argument gets a gradient.
+    """Compares signals on one micro-batch; no argument gets a gradient.
 
     Args:
-        hidden: [N, d_s] student hidden rows.
+        hidden: [N, d_s] student hidden states.
         head: the student's, in the same dtype.
         sampled_ids: int64 [N], the response tokens.
         vocab_size, temperature, chunk_rows: see :func:`s2w.objectives.kernel.divergence_loss`.
-        top_k: ids a row.
+        top_k: ids per token.
 
     Returns:
-        By ``topk_K``, ``ids_K``, ``hidden_bfloat16``, ``hidden_float8``, and ``sampled`` if it carries the divergence.
+        By ``topk_K``, ``ids_K``, ``hidden_bfloat16``, ``hidden_float8``, and ``sampled`` if it supports the divergence.
     """
     hidden = hidden.detach()
     head = head.detach()
@@ -111,11 +111,11 @@ def summarise(parts: Sequence[dict[str, SignalSums]]) -> dict[str, dict[str, flo
     """Over all ranks, for each signal:
 
     ``divergence``
-        What it gives, nats a token.
+        What it gives, nats/token.
     ``bias``
-        The same, less the exact divergence.
+        The same, minus the exact divergence.
     ``cosine``
-        Between its gradient by the student's hidden rows and the exact one, all rows as one vector; 1 is the same
+        Between its gradient by the student's hidden states and the exact one, all rows as one vector; 1 is the same
         direction, NaN where either is 0.
     ``bytes_per_token``
         Of its payload.
@@ -149,7 +149,7 @@ def _signals(
     top_k: Sequence[int],
     options: dict[str, Any],
 ) -> Iterator[tuple[str, TeacherRows, int]]:
-    """Name, rows and bytes a row of each signal."""
+    """Name, rows and bytes per row of each signal."""
     vocab_size, temperature = options["vocab_size"], options["temperature"]
     with torch.no_grad():
         sizes = [k for k in top_k if k <= vocab_size]

@@ -16,7 +16,7 @@ from s2w.records import Scored, TeacherSignal
 from s2w.teacher.signal import Payload, check_finite, decode, hidden_rows, nbytes
 
 PREFETCH = 2
-"""Micro-batches fetched beside the one that computes."""
+"""Micro-batches fetched ahead of the one being computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +25,14 @@ class Fetched:
 
     parts: list[dict[str, torch.Tensor]]
     """The teacher's signal at the sampled tokens of each sample: CPU tensors [n, ...] as
-    :func:`s2w.teacher.signal.decode` names them, in the object store's memory and so read-only; empty without."""
+    :func:`s2w.teacher.signal.decode` names them, in the object store's memory and so read-only; empty if none."""
     reference: list[dict[str, torch.Tensor]]
-    """The same of the reference."""
+    """The same for the reference."""
     nbytes: int
     seconds: float
-    """What it took to get them."""
+    """Time to get them."""
     error: str | None = None
-    """Why the signals could not be had, naming the sample."""
+    """Why the signals could not be fetched, naming the sample."""
 
 
 class _Unusable(Exception):
@@ -40,14 +40,14 @@ class _Unusable(Exception):
 
 
 class HiddenParts:
-    """Hidden rows of several samples, as if one after the other: they stay where they are, in the object store's
-    memory on the CPU, until the kernel takes a chunk of them."""
+    """Hidden states of several samples, as if concatenated: they stay where they are, in the object store's memory on
+    the CPU, until the kernel takes a chunk of them."""
 
     def __init__(self, parts: Sequence[dict[str, torch.Tensor]], dtype: torch.dtype) -> None:
         """
         Args:
             parts: of each sample, tensors as :func:`s2w.teacher.signal.decode` names them.
-            dtype: of the rows that are taken.
+            dtype: that of the rows taken.
         """
         self._parts, self._dtype = parts, dtype
         self._ends = list(accumulate(len(part["hidden"]) for part in parts))
@@ -68,7 +68,7 @@ class HiddenParts:
 
 
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The parts one after the other, in new memory."""
+    """The parts concatenated, in new memory."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -89,7 +89,7 @@ def fetch(samples: Sequence[Scored]) -> Fetched:
 
 
 def first_flaw(samples: Iterable[Scored]) -> str | None:
-    """What of the signal of the first faulty sample is NaN or infinite, or why it cannot be had; None if none is."""
+    """What is NaN or infinite in the first faulty signal, or why it cannot be fetched; None if all are fine."""
     return next(filter(None, map(_flaw, samples)), None)
 
 
@@ -138,7 +138,7 @@ class SignalStream:
     """Iterates over the signals of micro-batches, fetched in order by a background thread.
 
     Attributes:
-        waited: seconds that the consumer stood still for a signal.
+        waited: seconds that the consumer waited for a signal.
         fetched: seconds that the background thread took to get them.
         nbytes: bytes of all signals so far.
     """

@@ -1,4 +1,4 @@
-"""The module that DeepSpeed wraps: student trunk, teacher rows and loss in one forward.
+"""The module that DeepSpeed wraps: student trunk, teacher signal and loss in one forward.
 
 The loss needs the output embedding's weight. At ZeRO stage 3 that is whole only inside the forward of a module that
 has declared it, so the loss is here and not after the engine's call.
@@ -41,7 +41,7 @@ class Tokens:
     input_ids: torch.Tensor
     """int64 [samples, longest]; the last response token of a sample is left out, nothing is predicted from it."""
     rows: torch.Tensor
-    """int64 [N]: positions in the flattened [samples * longest] whose hidden rows predict the response tokens."""
+    """int64 [N]: positions in the flattened [samples * longest] whose hidden states predict the response tokens."""
     targets: torch.Tensor
     """int64 [N]: the response tokens."""
 
@@ -60,14 +60,14 @@ class StudentModel(nn.Module):
         self.divergence = divergence
         self.vocab_size = vocab_size
         self.flawed: list[torch.Tensor] = []
-        """Of each backward pass so far, bool [samples]: whose gradient is not finite."""
+        """For each backward pass so far, bool [samples]: whose gradient is not finite."""
         lm.get_input_embeddings().register_forward_hook(self._watch_gradient)
         embedding = lm.get_output_embeddings()
         for parameter in embedding.parameters():
             deepspeed.zero.register_external_parameter(self, parameter)
 
     def _watch_gradient(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        """Notes which samples' gradients are not finite where a backward pass ends: what goes wrong on the way gets
+        """Notes which samples' gradients are not finite at the end of a backward pass: what goes wrong on the way shows
         there."""
         if output.requires_grad:
             output.register_hook(lambda grad: self.flawed.append(~grad.isfinite().flatten(1).all(1)))
@@ -179,8 +179,8 @@ def load_student(path: Path, dtype: torch.dtype, attention: str, zero3: dict[str
     Args:
         path: directory of the checkpoint.
         attention: transformers' ``attn_implementation``.
-        zero3: DeepSpeed's configuration at stage 3, else None. The model is then born sharded, and rank 0 alone
-            reads the checkpoint and deals it out parameter by parameter; a collective.
+        zero3: DeepSpeed's configuration at stage 3, else None. The model is then created sharded, and only rank 0
+            reads the checkpoint and distributes it parameter by parameter; collective.
     """
     source: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if zero3 is None:

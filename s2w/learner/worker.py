@@ -51,7 +51,7 @@ _RANKS = "ranks"
 BUCKET_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Gradient elements that the ranks reduce at once, by device: enough for a message to be worth sending. DeepSpeed takes
 8 bytes for each (the gradient, a flat copy of it, that in float32); with its default, 5e8, a small model's gradients
-would all be there three times. A larger parameter is reduced by itself."""
+would all be held three times. A larger parameter is reduced by itself."""
 NORM_ELEMENTS = 1 << 20
 """Gradient elements of which the norm is taken at once, in float64."""
 
@@ -59,13 +59,13 @@ NORM_ELEMENTS = 1 << 20
 class LearnerRank:
     """A DeepSpeed rank. Methods marked *collective* must be called on all ranks at once, in the same order.
 
-    Memory (`benchmarks/memory.py`): at ZeRO stage 2 in bfloat16 18 bytes a parameter (weights 2, float32 master copy 4,
-    moments 8, float32 gradients 4; of all but the weights a rank has its share), and these buffers, for V tokens and
-    widths d (student) and d_t (teacher), b bytes an element:
+    Memory (`benchmarks/memory.py`): at ZeRO stage 2 in bfloat16 18 bytes per parameter (weights 2, float32 master copy
+    4, moments 8, float32 gradients 4; of all but the weights a rank has its share), and these buffers, for V tokens
+    and widths d (student) and d_t (teacher), b bytes per element:
 
     - activations, and for the loss two [chunk_rows, V] products;
-    - gradient of the head: (4 + b) V d while the loss is made, then b V d, twice if it is also the embedding's;
-    - gradients on their way to other ranks: (4 + b) bytes an element of the largest parameter, 8 x BUCKET_ELEMENTS;
+    - gradient of the head: (4 + b) V d while the loss is computed, then b V d, twice if it is also the embedding's;
+    - gradients on their way to other ranks: (4 + b) bytes per element of the largest parameter, 8 x BUCKET_ELEMENTS;
     - b V d_t for each teacher's head, which is the file's own page cache where the checkpoint has the dtype;
     - on the CPU, from the first swap on, a copy of the weights in the engines' dtype (rank 0);
     - for a checkpoint, a shard of at most 5 GiB (rank 0).
@@ -76,7 +76,7 @@ class LearnerRank:
     def __init__(self, rank: int, world: int) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.rank, self.world = rank, world
-        # Made by build, which every later call needs.
+        # Set by build, which every later call needs.
         self.engine: Any = None
         self.lm: Any = None
         self.transfer: Any = None
@@ -92,11 +92,11 @@ class LearnerRank:
         """Joins the process group; collective.
 
         Args:
-            address: of rank 0.
-            threads: of this rank's CPU kernels.
+            address: rank 0's.
+            threads: for this rank's CPU kernels.
         """
         torch.set_num_threads(threads)
-        # Ray shows a rank its own GPU only.
+        # Ray shows a rank only its own GPU.
         os.environ |= {
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
@@ -161,7 +161,7 @@ class LearnerRank:
         """One optimizer step; collective.
 
         The objective is the mean over all sampled tokens of the step, on whatever rank and in whatever micro-batch
-        they are: every token has the same weight, but for ``Scored.weight``, and a long response counts for more
+        they are: every token has the same weight, apart from ``Scored.weight``, and a long response counts for more
         than a short one.
 
         Args:
@@ -254,13 +254,13 @@ class LearnerRank:
                 sums.append(np.stack(columns, 1))
                 refusal = refusal or self._hidden_flaw(item.samples, sums[-1])
         if not self.spec.objective.signals:
-            # Training asks no teacher: only an evaluation, now and then, needs them.
+            # Training needs no teacher: only an occasional evaluation needs the heads.
             self.teacher_heads.clear()
         self._raise_together(refusal)
         return np.concatenate(sums)
 
     def teacher_log_probs(self, work: Sequence[MicroBatchWork]) -> list[np.ndarray]:
-        """Log-prob of each sampled token as its signal gives it, of each sample of the weighted work; collective.
+        """Log-probs of the sampled tokens decoded from the signals, for each sample of the weighted work; collective.
 
         See :meth:`s2w.learner.group.LearnerGroup.teacher_log_probs`.
         """
@@ -293,7 +293,7 @@ class LearnerRank:
             return self.engine(tokens, log_probs_at=temperature)["log_probs"].float().cpu().numpy()
 
     def named_full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and whole weight of each of the student's parameters, gathered one at a time; collective.
+        """Name and full weight of each of the student's parameters, gathered one at a time; collective.
 
         Names and order are those of transformers' ``named_parameters``: tied weights once. A tensor is valid until
         the next one is asked for, so at ZeRO stage 3 the model is never whole.
@@ -344,7 +344,7 @@ class LearnerRank:
             torch.cuda.set_rng_state(rng["cuda"])
 
     def _token_batch(self, samples: Sequence[Scored], signals: Fetched | None, token_weight: float) -> TokenBatch:
-        """The sampled tokens of a micro-batch, with what its signals say of them."""
+        """The sampled tokens of a micro-batch, with its signals at them."""
         rollouts = [sample.rollout for sample in samples]
         ids = np.concatenate([rollout.token_ids[rollout.sampled_rows] for rollout in rollouts])
         log_probs = np.concatenate([rollout.log_probs[rollout.sampled_rows] for rollout in rollouts])
@@ -372,7 +372,7 @@ class LearnerRank:
         return [{name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()} for part in parts]
 
     def _teacher_rows(self, batch: TokenBatch, parts: Sequence[dict[str, torch.Tensor]], name: str) -> TeacherRows:
-        """What the teacher ``name`` says at the sampled tokens."""
+        """The signal of the teacher ``name`` at the sampled tokens."""
         if self.spec.signal == "hidden":
             return HiddenRows(HiddenParts(parts, getattr(torch, self.spec.dtype)), self._teacher_head(name))
         signal = joined(parts)
@@ -388,7 +388,7 @@ class LearnerRank:
         return SparseRows(signal["ids"].long(), signal["log_probs"], signal["log_tail"])
 
     def _teacher_head(self, name: str) -> Head:
-        """A teacher's head, in the dtype of the products; read when it is first asked for."""
+        """A teacher's head, in the dtype of the matrix products; read on first use."""
         if name not in self.teacher_heads:
             head = load_head(*self.spec.teachers[name])
             self.teacher_heads[name] = head.to(self.device, getattr(torch, self.spec.dtype))
@@ -421,7 +421,7 @@ class LearnerRank:
     def _hidden_flaw(self, samples: Sequence[Scored], sums: np.ndarray) -> StepRefusedError | None:
         """What is wrong with the hidden states of the first sample whose ``sums`` [samples, k] are not finite.
 
-        Signals of other kinds are checked where they are made, and leave NaN what they cannot know.
+        Signals of other kinds are checked where they are made, and have NaN for what they cannot know.
         """
         if self.spec.signal != "hidden":
             return None
@@ -441,7 +441,7 @@ class LearnerRank:
         raise kind("; ".join(map(str, refusals)))
 
     def _drop_gradients(self) -> None:
-        """Forgets what the backward passes of an unfinished step accumulated."""
+        """Drops what the backward passes of an unfinished step accumulated."""
         self.engine.zero_grad()
         self.engine.optimizer.zero_grad()
         if self.spec.learner.zero_stage == 2:
@@ -455,7 +455,7 @@ class LearnerRank:
         limit = self.spec.learner.max_grad_norm or float("inf")
         self.unsharded_grad_norm = nn.utils.clip_grad_norm_(parameters, limit).item()
         if not np.isfinite(self.unsharded_grad_norm):
-            # As DeepSpeed does at the other stages, the step is left out: AdamW passes over what has no gradient.
+            # As DeepSpeed does at the other stages, the step is skipped: AdamW skips what has no gradient.
             optimizer.zero_grad()
 
     def _rng_state(self) -> dict[str, torch.Tensor]:
@@ -524,7 +524,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def pack(samples: Sequence[Scored]) -> Tokens:
-    """Right-pads samples; row i of a response, unless it was forced, is predicted at position prompt_len - 1 + i."""
+    """Right-pads samples; token i of a response, unless it was forced, is predicted at position prompt_len - 1 + i."""
     lengths = [sequence_length(sample) for sample in samples]
     longest = max(lengths)
     input_ids = torch.zeros(len(samples), longest, dtype=torch.int64)
@@ -551,7 +551,7 @@ def sampled_log_probs(parts: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 @torch.no_grad()
 def decoded_log_probs(teacher: TeacherRows, ids: torch.Tensor, vocab_size: int, chunk_rows: int) -> torch.Tensor:
-    """What ``teacher`` says of the tokens ``ids`` (int64 [N]): [N] nats, NaN where it says nothing.
+    """``teacher``'s log-probs of the tokens ``ids`` (int64 [N]): [N] nats, NaN where it gives none.
 
     Args:
         vocab_size: tokens of the vocabulary.
