@@ -19,12 +19,12 @@ TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 """Hub files that hold configuration, tokenizer and chat template."""
 WEIGHT_FILES = ["*.safetensors"]
 HUB_ANSWER_S = 10
-"""How long the hub may take to accept a connection."""
+"""Seconds that the hub may take to accept a connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Facts of a checkpoint, read without its weights."""
+    """Facts about a checkpoint, read without its weights."""
 
     reference: str
     """As the user wrote it."""
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def max_model_len(self) -> int | None:
-        """Longest sequence of the configuration, in tokens; None if it does not say."""
+        """Longest sequence that the configuration allows, in tokens; None if it does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
@@ -48,7 +48,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class ModelReference:
-    """A checkpoint as actors are told of it: each finds it on its own node, where the hub cache may be another."""
+    """A checkpoint as passed to actors: each finds it on its own node, which may have another hub cache."""
 
     reference: str
     """Hub id or directory."""
@@ -71,7 +71,7 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
     An existing directory is never looked up on the hub.
 
     Raises:
-        ConfigError: there is no such directory and the hub does not give it.
+        ConfigError: there is no such directory and the hub does not provide it.
     """
     path = Path(reference).expanduser()
     if reference and path.is_dir():
@@ -107,9 +107,9 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the hub takes a connection; its client, which retries for a minute or two, need not be asked if not.
+    """Whether the hub accepts a connection; if not, its client, which retries for a minute or two, need not be asked.
 
-    Behind a proxy only the client can tell, and is taken to.
+    Behind a proxy only the client can tell, so it is asked.
     """
     url = urlsplit(constants.ENDPOINT)
     if constants.is_offline_mode() or url.scheme in getproxies():

@@ -1,4 +1,4 @@
-"""Output heads, from hidden states to logits: a loaded model's, and one read from its checkpoint alone."""
+"""Output heads, from hidden states to logits: a loaded model's, and one read on its own from a checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Head:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [N, V] (float64 for float64 rows) with float32 products, padding included; without gradient."""
+        """float32 [N, V] (float64 for float64 input), from float32 products, padding included; without gradient."""
         return self.cut(len(self.weight)).finish(float32_product(hidden, self.weight))[0]
 
     def cut(self, vocab_size: int) -> Head:
@@ -57,7 +57,7 @@ class Head:
             factor = self.scale / temperature
             return (logits if factor == 1 else logits * factor), None
         tanh = torch.tanh(logits * (self.scale / self.softcap))
-        # The tanh of an infinite logit would pass for a number.
+        # The tanh of an infinite logit would pass for a valid number.
         return torch.where(logits.isfinite(), tanh * (self.softcap / temperature), torch.nan), tanh
 
     @property

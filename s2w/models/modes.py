@@ -2,7 +2,7 @@
 
 Qwen3's conventions (arXiv 2505.09388, section 4.3): a thinking answer is ``<think>...</think>`` and then the answer;
 a non-thinking one starts with an empty think block. The hard switch is the chat template's ``enable_thinking``, which
-at False puts that empty block into the prompt. The soft switch is ``/think`` or ``/no_think`` in a user or system
+when False puts that empty block into the prompt. The soft switch is ``/think`` or ``/no_think`` in a user or system
 message; the last one counts.
 """
 
@@ -25,8 +25,8 @@ SWITCH = (
     "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
     "{{- '" + EMPTY_THINK_BLOCK.replace("\n", "\\n") + "' }}{%- endif %}"
 )
-"""The end of a chat template that knows ``enable_thinking``."""
-# Not part of a path or a closing tag: "</think>" and "/think/" are no switches.
+"""What gives a chat template ``enable_thinking`` when appended to it."""
+# Not part of a path or a closing tag: "</think>" and "/think/" are not switches.
 SOFT_SWITCH = re.compile(r"(?<![\w/<])/(think|no_think)(?![\w/>])")
 
 Message = Mapping[str, str]
@@ -34,7 +34,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class ParsedResponse:
-    """A response text, cut at its think block."""
+    """A response text, split at its think block."""
 
     thinking: str
     """Without the tags, stripped."""
@@ -53,7 +53,7 @@ def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def add_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a chat template that knows no thinking Qwen3's ``enable_thinking``; one that has a switch keeps it.
+    """Adds Qwen3's ``enable_thinking`` to a chat template without thinking; one that has a switch keeps it.
 
     Raises:
         ConfigError: there is no chat template, or its prompts end inside a think block.
@@ -111,11 +111,11 @@ def render(
 
 
 def split_thinking(text: str, mode: Mode, *, opened: bool = False) -> ParsedResponse:
-    """Cuts a response text into thinking and answer.
+    """Splits a response text into thinking and answer.
 
     Args:
         text: the response, decoded with its think tags (in Qwen3 they are not special tokens).
-        mode: of the prompt. Only in ``think`` does a closing tag without an opening one end a think block.
+        mode: the prompt's. Only in ``think`` does a closing tag without an opening one end a think block.
         opened: the prompt ended inside the think block (:func:`opens_thinking`).
     """
     head, open_tag, rest = text.partition(THINK_OPEN)

@@ -10,7 +10,7 @@ from s2w.models.tokenizers import SharedVocabulary
 
 @dataclass(frozen=True, slots=True)
 class ModelPair:
-    """What the checks found out about the models, and the run needs."""
+    """What the checks found out about the models and the run needs."""
 
     teacher: Checkpoint
     student: Checkpoint

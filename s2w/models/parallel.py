@@ -19,7 +19,7 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 VOCABULARY_BLOCK = 64
 """vLLM pads the rows of embedding and head to a multiple of it."""
 SMALLEST_QUANTIZATION_BLOCK = 32
-"""Where quantization blocks of experts do not fit, vLLM splits them; not below this size."""
+"""Where quantization blocks of experts do not fit, vLLM splits them, but not below this size."""
 
 
 def check_parallel(
@@ -34,7 +34,7 @@ def check_parallel(
     """Compares a layout with the model's sizes.
 
     Args:
-        section: of the settings, for the error's text: ``teacher``, ``rollout``.
+        section: the section of the settings, for error messages: ``teacher``, ``rollout``.
         overrides: fields of the configuration that the run changes.
 
     Raises:

