@@ -36,7 +36,7 @@ class SignalSums:
     exact: float
     """Divergence by the whole distribution, nats."""
     dot: float
-    """Inner product of the gradient by the student's hidden states, [rows, d] as one vector, with the exact one."""
+    """Inner product of the gradient w.r.t. the student's hidden states, [rows, d] as one vector, with the exact one."""
     square: float
     """Squared norm of the gradient."""
     exact_square: float
@@ -115,8 +115,8 @@ def summarise(parts: Sequence[dict[str, SignalSums]]) -> dict[str, dict[str, flo
     ``bias``
         The same, minus the exact divergence.
     ``cosine``
-        Between its gradient by the student's hidden states and the exact one, all rows as one vector; 1 is the same
-        direction, NaN where either is 0.
+        Between its gradient w.r.t. the student's hidden states and the exact one, all rows as one vector; 1 is the
+        same direction, NaN where either is 0.
     ``bytes_per_token``
         Of its payload.
     """
