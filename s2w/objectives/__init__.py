@@ -1,4 +1,4 @@
-"""What a phase minimises: one file an objective, one class a divergence. Importing the room registers all of them."""
+"""What a phase minimises: one file per objective, one class per divergence. Importing the package registers all."""
 
 from s2w.objectives import cross_entropy, distillation, divergences, grpo, kdrl, negative, prefix, stable
 from s2w.objectives.objective import OBJECTIVES, Objective, TokenBatch, TokenLoss, help_text, objective_class

@@ -16,13 +16,13 @@ from s2w.objectives.objective import TokenBatch
 from s2w.records import Scored
 
 EQUAL = 1e-6
-"""Standard deviation of rewards below which they are all the same."""
+"""Standard deviation of rewards below which they count as equal."""
 
 
 def with_advantages(samples: Sequence[Scored], graded: Sequence[Graded], *, normalize: bool) -> list[Scored]:
-    """The samples with the advantages of their rewards: 1 for a right answer, else 0.
+    """The samples with the advantages of their rewards, which are 1 for a right answer, else 0.
 
-    Responses of the teacher take no part: the student did not sample them.
+    The teacher's responses take no part: the student did not sample them.
     """
     advantages = np.zeros(len(samples))
     own = [i for i, sample in enumerate(samples) if sample.rollout.versions]
@@ -42,7 +42,7 @@ def group_advantages(rewards: Sequence[float], groups: Sequence[object], *, norm
     Args:
         rewards: [n].
         groups: [n], equal for responses to the same prompt.
-        normalize: divide by the standard deviation (of the population). A group whose rewards are equal has 0.
+        normalize: divide by the standard deviation (of the population). A group whose rewards are equal gets 0.
 
     Returns:
         float64 [n].
@@ -60,7 +60,7 @@ def group_advantages(rewards: Sequence[float], groups: Sequence[object], *, norm
 
 
 def policy_rows(batch: TokenBatch, reward: RewardConfig, weight: float) -> PolicyRows:
-    """The clipped policy gradient of the batch's advantages, ``weight`` times."""
+    """The clipped policy gradient of the batch's advantages, times ``weight``."""
     return PolicyRows(
         batch.ids,
         batch.advantages(),

@@ -17,7 +17,7 @@ from s2w.records import Scored, SignalKind
 @dataclass(frozen=True)
 class GRPO(Objective):
     """mean over tokens of -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = q / q_sampling and A the
-    verified reward of the response, less the mean of its group and over its standard deviation (section ``reward``).
+    verified reward of the response, minus its group's mean, over the group's standard deviation (section ``reward``).
 
     Without a reference model; every token of a step has the same weight. The teacher scores the held-out evaluation.
     """

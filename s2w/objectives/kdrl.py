@@ -19,8 +19,8 @@ from s2w.records import Scored
 class KDRL(Objective):
     """The divergence plus ``reward.weight`` times the loss of grpo, in one kernel at the same logits.
 
-    KDRL takes the reverse KL by the squared log-ratio of the sampled token; here it is ``loss.divergence``, exact with
-    signal hidden. Prompts without a verifier have no reward, and are distilled alone.
+    KDRL estimates the reverse KL by the squared log-ratio of the sampled token; here it is ``loss.divergence``, exact
+    with signal hidden. Prompts without a verifier have no reward, and are only distilled.
     """
 
     source = "KDRL, arXiv 2506.02208, eq. 8"

@@ -1,11 +1,11 @@
-"""The distillation loss from hidden rows, with its gradients, without [N, vocabulary] tensors.
+"""The distillation loss from hidden states, with its gradients, without [N, vocabulary] tensors.
 
-Loss and gradients are made together in the forward pass, a chunk of rows at a time, by four matrix products: student
-logits, teacher logits, gradient of the hidden rows, gradient of the head. Nothing is computed twice, and memory
-beyond inputs and gradients does not grow with N. What a divergence is, only :mod:`s2w.objectives.divergences` knows.
+Loss and gradients are computed together in the forward pass, a chunk of rows at a time, by four matrix products:
+student logits, teacher logits, gradient of the hidden states, gradient of the head. Nothing is computed twice, and
+memory beyond inputs and gradients does not grow with N. Only :mod:`s2w.objectives.divergences` knows the divergences.
 
-Products run in the dtype of the student's hidden rows. Statistics, and the head's gradient until it is complete, are
-float32 (float64 for float64 rows).
+Products run in the dtype of the student's hidden states. Statistics, and the head's gradient until it is complete, are
+float32 (float64 for float64 hidden states).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from s2w.objectives.divergences import Divergence
 from s2w.objectives.support import signal_support
 
 _CACHE_ELEMENTS = 150_000
-"""CPU: elements a thread for which the buffers of an elementwise tile stay in a core's share of the cache; measured
-at 49,152 and 151,936 columns on an AMD EPYC with 512 KiB L2 a core."""
+"""CPU: elements per thread for which the buffers of an elementwise tile stay in a core's share of the cache; measured
+at 49,152 and 151,936 columns on an AMD EPYC with 512 KiB L2 per core."""
 _HEAD_BLOCK = 16_384
-"""Vocabulary rows of the temporary by which a low-precision product reaches the head's float32 gradient."""
+"""Vocabulary rows of the temporary through which a low-precision product is added to the head's float32 gradient."""
 
 
 class Rows(Protocol):
-    """N rows of which a chunk at a time is taken: a tensor [N, d], or what makes them when asked."""
+    """N rows, taken a chunk at a time: a tensor [N, d], or an object that makes them on demand."""
 
     def __len__(self) -> int: ...
 
@@ -41,12 +41,12 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """Signal ``hidden``: the teacher's last hidden rows and its head. Exact."""
+    """Signal ``hidden``: the teacher's last hidden states and its head. Exact."""
 
     hidden: Rows
     """[N, d_t], any floating dtype."""
     head: Head
-    """In the dtype of the student's hidden rows."""
+    """In the dtype of the student's hidden states."""
 
     kind = "hidden"
 
@@ -71,7 +71,7 @@ class SparseRows:
 
     @classmethod
     def certain(cls, ids: Tensor) -> SparseRows:
-        """A teacher that is certain of one token a row, ids [N]: the forward KL to it is the token's log-loss."""
+        """A teacher that is certain of one token per row, ids [N]: the forward KL to it is the token's NLL."""
         nothing = torch.zeros(len(ids), device=ids.device)
         return cls(ids[:, None], nothing[:, None], nothing - torch.inf)
 
@@ -82,7 +82,7 @@ class SampledRows:
 
     With A_i = log p_i - log q_i at the sampled token, held constant, the gradient is -rho_i A_i d log q_i: its mean
     over tokens drawn from the student is the gradient of KL(q || p). rho_i = q_i / q_sampling corrects for tokens
-    drawn from an older student. ``values`` are rho_i (log q_i - log p_i), of mean KL(q || p); one may be negative.
+    drawn from an older student. ``values`` are rho_i (log q_i - log p_i), with mean KL(q || p); one may be negative.
     """
 
     ids: Tensor
@@ -138,8 +138,8 @@ TeacherRows = HiddenRows | SparseRows | SampledRows
 class PolicyRows:
     """The clipped policy gradient at the sampled token (PPO, arXiv 1707.06347, eq. 7), to be added to a divergence.
 
-    With rho_i = q_i / q_sampling, a row's value is -min(rho_i A_i, clip(rho_i, 1 - low, 1 + high) A_i). Where tokens
-    are learned by the policy that sampled them, rho is 1 and the gradient is -A_i d log q_i.
+    With rho_i = q_i / q_sampling, a row's value is -min(rho_i A_i, clip(rho_i, 1 - low, 1 + high) A_i). Where the
+    policy that sampled the tokens is trained on them, rho is 1 and the gradient is -A_i d log q_i.
     """
 
     ids: Tensor
@@ -154,7 +154,7 @@ class PolicyRows:
     """low and high."""
 
     def value(self, rows: slice, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """From the student's log-probs [n] at the tokens: values [n], and their derivatives by -log q [n]."""
+        """From the student's log-probs [n] at the tokens: values [n], and their derivatives w.r.t. -log q [n]."""
         advantages = self.advantages[rows].to(log_q.dtype)
         ratio = (log_q - self.sampling_log_probs[rows].to(log_q.dtype)).exp()
         low, high = self.clip
@@ -164,9 +164,9 @@ class PolicyRows:
 
 @dataclass(frozen=True)
 class DivergenceOutput:
-    """A loss and what was seen on the way; all but ``loss`` are detached, [N], and at the temperature of the loss.
+    """A loss and statistics; all but ``loss`` are detached, [N], and at the temperature of the loss.
 
-    float32, or float64 for float64 rows. Values and entropies are in nats.
+    float32, or float64 for float64 hidden states. Values and entropies are in nats.
     """
 
     loss: Tensor
@@ -194,12 +194,12 @@ def divergence_loss(
     temperature_squared: bool = True,
     chunk_rows: int = 1024,
 ) -> DivergenceOutput:
-    """Divergence between teacher and student, differentiable by ``hidden``, ``head.weight`` and ``head.bias``.
+    """Divergence between teacher and student, differentiable w.r.t. ``hidden``, ``head.weight`` and ``head.bias``.
 
     Args:
-        hidden: [N, d_s] student hidden rows, float32, bfloat16 or float64.
+        hidden: [N, d_s] student hidden states, float32, bfloat16 or float64.
         head: the student's, in the same dtype.
-        teacher: what the teacher says about the same N rows; None leaves the divergence out: ``values`` are then
+        teacher: the teacher's signal at the same N rows; None leaves the divergence out: ``values`` are then
             those of ``policy``, and what needs a teacher is NaN.
         policy: a policy gradient to add, at the same logits: no product is computed twice.
         vocab_size: tokens of the vocabulary; columns of either head at or past it are padding and left out.
@@ -210,7 +210,7 @@ def divergence_loss(
         chunk_rows: most rows of the [rows, vocabulary] buffers; changes memory and speed, not the result.
 
     Raises:
-        ValueError: the signal cannot carry the divergence, row counts or vocabulary sizes do not fit, or there is
+        ValueError: the signal does not support the divergence, row counts or vocabulary sizes do not fit, or there is
             neither teacher nor policy.
         TypeError: dtypes that differ, or an unsupported one.
     """
@@ -242,7 +242,7 @@ def divergence_values(
 ) -> dict[str, Tensor]:
     """Several divergences, [N] by the given names, from one pass over the logits and without gradient.
 
-    Arguments and errors as of :func:`divergence_loss`; ``teacher`` must be HiddenRows or SparseRows.
+    Arguments and errors as in :func:`divergence_loss`; ``teacher`` must be HiddenRows or SparseRows.
     """
     if isinstance(teacher, SampledRows):
         raise ValueError("sampled tokens hold no distribution to evaluate a divergence on")
@@ -263,7 +263,7 @@ def divergence_values(
 
 @dataclass(frozen=True)
 class _Problem:
-    """What the loss needs beside the tensors that have gradients."""
+    """What the loss needs besides the tensors that have gradients."""
 
     teacher: TeacherRows | None
     policy: PolicyRows | None
@@ -276,7 +276,7 @@ class _Problem:
 
 
 class _DivergenceLoss(torch.autograd.Function):
-    """Loss and per-row statistics; the gradients are made in forward, and backward only scales them."""
+    """Loss and per-row statistics; the gradients are computed in forward, and backward only scales them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -294,7 +294,7 @@ class _DivergenceLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad_loss is None:
             return None, None, None, None, None
-        # Returned as they are they need no copy: autograd keeps them if the graph is freed, and copies them if not.
+        # Returned unchanged, they need no copy: autograd keeps them if the graph is freed, and copies them if not.
         unit = bool(grad_loss == 1)
         scaled = [g if g is None or unit else g * grad_loss for g in ctx.saved_tensors]
         return *scaled, None, None
@@ -303,7 +303,7 @@ class _DivergenceLoss(torch.autograd.Function):
 def _solve(
     hidden: Tensor, head: Head, problem: _Problem, needs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Loss, the statistics of :class:`_Seen`, gradients by hidden states, weight and bias."""
+    """Loss, the statistics of :class:`_Seen`, gradients w.r.t. hidden states, weight and bias."""
     teacher, policy = problem.teacher, problem.policy
     seen = _Seen.of(hidden)
     gradients = _Gradients(hidden, head, needs, problem.temperature)
@@ -346,11 +346,11 @@ class _Seen:
 
 
 class _Gradients:
-    """Sums of the gradients by hidden states, weight and bias, from those by the logits of a chunk."""
+    """Sums of the gradients w.r.t. hidden states, weight and bias, from those w.r.t. the logits of a chunk."""
 
     def __init__(self, hidden: Tensor, head: Head, needs: Sequence[bool], temperature: float) -> None:
         self.hidden, self.dtype = hidden, statistics_dtype(hidden.dtype)
-        self.scale = head.scale / temperature  # d logits / d product, but for the softcap
+        self.scale = head.scale / temperature  # d logits / d product, apart from the softcap
         self.of_hidden = torch.empty_like(hidden) if needs[0] else None
         self.of_weight = torch.zeros_like(head.weight, dtype=self.dtype) if needs[1] else None
         self.of_bias = torch.zeros_like(head.bias, dtype=self.dtype) if needs[2] and head.bias is not None else None
@@ -373,7 +373,7 @@ class _Gradients:
             self.of_bias[:vocab_size] += by_logits.T.to(self.dtype) @ factors
 
     def finish(self, head: Head) -> list[Tensor | None]:
-        """The sums, in the dtypes of what they are gradients by."""
+        """The sums, in the dtypes of the tensors that they are gradients of."""
         return [
             self.of_hidden,
             None if self.of_weight is None else self.of_weight.to(head.weight.dtype),
@@ -382,7 +382,7 @@ class _Gradients:
 
 
 class _Distributions:
-    """The divergence of two distributions at each row, and a policy gradient beside it."""
+    """The divergence of two distributions at each row, plus a policy gradient if there is one."""
 
     def __init__(self, problem: _Problem, seen: _Seen, hidden: Tensor) -> None:
         self.problem, self.seen = problem, seen
@@ -390,7 +390,7 @@ class _Distributions:
         self.step, self.policy_step = _step(_divergence_rows, hidden), _step(_sampled_rows, hidden)
 
     def chunk(self, chunk: _Chunk, by_logits: Tensor | None) -> Tensor:
-        """Fills ``by_logits`` [n, V] with the gradient, less the factors [n] that are returned."""
+        """Fills ``by_logits`` [n, V] with the gradient, without the factors [n] that are returned."""
         problem, seen, policy = self.problem, self.seen, self.problem.policy
         for tile in chunk.tiles():
             at, product, columns = chunk.absolute(tile), chunk.product[tile], chunk.columns_at(tile)
@@ -407,7 +407,7 @@ class _Distributions:
                 )
                 seen.policy_values[at], slope = policy.value(at, log_q)
                 if by_logits is not None:
-                    # A sum of two terms has to carry their factors on the wide side.
+                    # In a sum of two terms their factors have to be on the wide side.
                     policy_grad.mul_((slope * policy.weights[at].to(slope.dtype))[:, None])
                     grad = policy_grad.add_(grad * self.weights[at, None])
             if by_logits is not None:
@@ -424,7 +424,7 @@ class _SampledTokens:
         self.weights = problem.weights.to(seen.values.dtype)
         self.step = _step(_sampled_rows, hidden)
         self.following: Tensor | None = None
-        """Return of the row behind the chunk: chunks come from the last to the first."""
+        """Return of the row after the chunk: chunks come from the last to the first."""
 
     def chunk(self, chunk: _Chunk, by_logits: Tensor | None) -> Tensor:
         """As :meth:`_Distributions.chunk`."""
@@ -460,9 +460,9 @@ class _Chunk:
 
     rows: slice
     product: Tensor
-    """[n, vocab_size] student hidden rows times head, before bias, scale and softcap."""
+    """[n, vocab_size] student hidden states times head, before bias, scale and softcap."""
     columns: tuple[Tensor, ...]
-    """[n, ...] what the teacher says, by kind of signal; for HiddenRows its own product."""
+    """[n, ...] the teacher's signal, by its kind; for HiddenRows its own product."""
     student: Head
     teacher: Head | None
     """Both cut to vocab_size."""
@@ -528,7 +528,7 @@ class _Pair:
     """Of the student's softcap."""
     ids: Tensor | None = None
     rest: Tensor | None = None
-    """[n, V]: the student's distribution over the tokens outside ``ids``; of no meaning at ids."""
+    """[n, V]: the student's distribution over the tokens outside ``ids``; meaningless at ids."""
 
     def logit_gradient(self, grad: Tensor) -> Tensor:
         """From df / d log q to dD / d (uncapped logits), [n, V]; overwrites ``grad``."""
@@ -570,7 +570,7 @@ def _value_rows(
 def _sampled_rows(
     student: Head, product: Tensor, columns: tuple[Tensor, ...], temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log q of the sampled token and the student's entropy, [n]; the gradient of -log q by the (uncapped) logits."""
+    """log q of the sampled token and the student's entropy, [n]; gradient of -log q w.r.t. the (uncapped) logits."""
     (ids,) = columns
     logits, tanh = student.finish(product, temperature)
     log_q, q, _ = _log_softmax(logits)
@@ -609,15 +609,15 @@ def _pair(
 
 
 def _same_top(a: Tensor, b: Tensor, tops: Tensor) -> Tensor:
-    """bool [n]: the largest of both rows stands in one column; ``tops`` [n, 1]: the sum of both largest.
+    """bool [n]: both rows have their largest value in the same column; ``tops`` [n, 1]: the sum of both largest.
 
-    a + b reaches it only where both have theirs. (Two argmax take ten times as long.)
+    a + b reaches it only there. (Two argmax take ten times as long.)
     """
     return (a + b).amax(-1) >= tops[:, 0]
 
 
 def _log_softmax(logits: Tensor, top: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probs, probabilities and log-sum-exp [..., 1], for one pass of exp; ``top``: the largest logits [..., 1]."""
+    """log-probs, probabilities and log-sum-exp [..., 1], in one pass of exp; ``top``: the largest logits [..., 1]."""
     if top is None:
         top = logits.amax(-1, keepdim=True)
     log_probs = logits - top
@@ -662,7 +662,7 @@ def _compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step(step: Callable[..., Any], hidden: Tensor) -> Callable[..., Any]:
-    """On CUDA the elementwise work of a chunk is fused into one pass; on CPU tiles in cache do as well, and need no
+    """On CUDA the elementwise work of a chunk is fused into one pass; on CPU tiles in cache are as good, and need no
     compiler."""
     return _compiled(step) if hidden.is_cuda else step
 

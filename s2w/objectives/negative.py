@@ -1,4 +1,4 @@
-"""An ablation that a good method must beat: no teacher, no reward, only away from the student's unlikeliest tokens."""
+"""An ablation that a good method must beat: no teacher, no reward, only away from the student's least likely tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from s2w.records import Scored, SignalKind
 @register("negative")
 @dataclass(frozen=True)
 class FixedNegative(Objective):
-    """mean over S of advantage log q(y), S the share of a batch's tokens that were least likely when they were sampled.
+    """mean over S of advantage log q(y), S the share of a batch's tokens that were least likely when sampled.
 
     On-policy distillation without a teacher: most of its advantages are near zero, and what it lowers are tokens that
-    the student itself found unlikely. What distillation gains over this is what the teacher knows.
+    the student itself found unlikely. What distillation gains over this is what the teacher adds.
     """
 
     source = "OPSA's ablation, arXiv 2608.31046"
@@ -31,7 +31,7 @@ class FixedNegative(Objective):
     own_samples_only: ClassVar[bool] = True
 
     share: Annotated[float, Interval(gt=0, le=1)] = 0.2
-    """Of the sampled tokens of a batch that count."""
+    """Share of a batch's sampled tokens that count."""
     advantage: AboveZero = 0.5
     """Minus the advantage of each of them."""
 

@@ -1,6 +1,6 @@
 """What an objective is: what it needs, what each sample counts for, and what is minimised at each token.
 
-An objective is one file in this room: a frozen dataclass, decorated with :func:`register`, whose fields are its
+An objective is one file in this package: a frozen dataclass, decorated with :func:`register`, whose fields are its
 settings (``loss.options``). The launcher asks what it needs, the controller has it credit the samples of a batch, the
 learner asks for the loss of each micro-batch; none of them knows its name. CONTRIBUTING.md has the steps,
 distillation.py is the shortest one to copy.
@@ -37,18 +37,18 @@ EVERY_KIND: tuple[SignalKind, ...] = ("hidden", "topk", "ids", "sampled")
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What is minimised at the N sampled tokens of a micro-batch; parts that are None are not in it."""
+    """What is minimised at the N sampled tokens of a micro-batch; parts that are None are left out."""
 
     teacher: TeacherRows | None = None
     """Teacher of the divergence ``loss.divergence``."""
     weights: Tensor | None = None
-    """[N], of the tokens in the divergence's sum."""
+    """[N], weights of the tokens in the divergence's sum."""
     policy: PolicyRows | None = None
     """A policy gradient."""
     reference: TeacherRows | None = None
-    """What the student's first weights say: the reverse KL to it is added."""
+    """Signal of the student's first weights: the reverse KL to them is added."""
     reference_weights: Tensor | None = None
-    """[N], of the tokens in that sum."""
+    """[N], weights of the tokens in that sum."""
     metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """[N] each, by name: metrics over tokens that :mod:`s2w.metric` has under that name."""
 
@@ -63,13 +63,13 @@ class TokenBatch:
     log_probs: Tensor
     """float32 [N], of the policy that sampled, nats."""
     teacher: TeacherRows | None
-    """What the teacher's signals say; None without signals."""
+    """The teacher's signals; None if there are none."""
     reference: TeacherRows | None
-    """What the student's first weights say, where the objective asks."""
+    """Signals of the student's first weights, where the objective needs them."""
     teacher_log_probs: Tensor | None
-    """float32 [N], the teacher's log-prob of the sampled token, where the objective asks for it."""
+    """float32 [N], the teacher's log-prob of the sampled token, where the objective needs it."""
     token_weight: float
-    """Of a token in the mean over all tokens of the step."""
+    """Weight of a token in the mean over all tokens of the step."""
 
     @property
     def counts(self) -> list[int]:
@@ -77,16 +77,16 @@ class TokenBatch:
         return [len(sample.rollout.sampled_rows) for sample in self.samples]
 
     def each(self, values: Sequence[float]) -> Tensor:
-        """float32 [N]: a value of each response at each of its tokens."""
+        """float32 [N]: the value of each response, at each of its tokens."""
         return torch.from_numpy(np.repeat(np.asarray(values, np.float32), self.counts)).to(self.ids.device)
 
     @property
     def weights(self) -> Tensor:
-        """float32 [N]: of the tokens in the mean, times what their samples count for."""
+        """float32 [N]: weights of the tokens in the mean, times those of their samples."""
         return self.each([self.token_weight * sample.weight for sample in self.samples])
 
     def advantages(self) -> Tensor:
-        """float32 [N]: of each token."""
+        """float32 [N]: advantage of each token."""
         rows = [
             np.full(count, sample.advantage, np.float32)
             if sample.token_advantages is None
@@ -113,27 +113,28 @@ class Objective(ABC):
 
     name: ClassVar[str]
     source: ClassVar[str]
-    """Where it is from: a paper, with section or equation."""
+    """Where it comes from: a paper, with section or equation."""
     when: ClassVar[str]
     """When to use it, one sentence."""
     phases: ClassVar[tuple[Phase, ...]] = ("on_policy",)
     signals: ClassVar[tuple[SignalKind, ...]] = EVERY_KIND
-    """Kinds of teacher signal that it can be trained on. Empty: no teacher is asked about training samples."""
+    """Kinds of teacher signal that it can be trained on. Empty: no teacher scores training samples."""
     reward_needed: ClassVar[Literal["unused", "used", "required"]] = "unused"
     """Whether answers are verified for it; ``required``: every prompt must have a verifier."""
     groups: ClassVar[bool] = False
     """Several responses to a prompt are compared with each other."""
     own_samples_only: ClassVar[bool] = False
-    """Trains on the log-probs of what the student sampled: its sampling must be that of the loss, uncut."""
+    """Trains on the log-probs of what the student sampled: it must sample at the loss's temperature, without top-p or
+    top-k."""
     teacher_log_probs: ClassVar[bool] = False
-    """Wants the teacher's log-prob of each sampled token beside its signal."""
+    """Needs the teacher's log-prob of each sampled token besides its signal."""
 
     @classmethod
     def make(cls, config: Config) -> Self:
         """The objective with the settings of a run.
 
         Raises:
-            ConfigError: a setting of ``loss.options`` that it does not have, or out of range.
+            ConfigError: a setting of ``loss.options`` has the wrong type or is out of range.
         """
         own = {key: value for key, value in config.loss.options.items() if key in cls.options()}
         sections = {field.name: getattr(config, field.name) for field in fields(cls) if field.name not in cls.options()}
@@ -141,12 +142,12 @@ class Objective(ABC):
 
     @classmethod
     def options(cls) -> list[str]:
-        """Names of its settings. A field that is a section of the configuration, such as ``reward``, is none."""
+        """Names of its settings. A field that is a section of the configuration, such as ``reward``, is not one."""
         made = cls()
         return [field.name for field in fields(cls) if not is_dataclass(getattr(made, field.name))]
 
     def check(self, config: Config) -> None:  # noqa: B027 (most objectives have nothing to refuse)
-        """Refuses what no single setting can know; called before anything starts.
+        """Refuses combinations of settings; called before anything starts.
 
         Raises:
             ConfigError: names the settings.
@@ -154,7 +155,7 @@ class Objective(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """The student's first weights score the samples too."""
+        """Whether the student's first weights score the samples too."""
         return False
 
     def loss_settings(self, loss: LossConfig) -> LossConfig:
@@ -166,7 +167,7 @@ class Objective(ABC):
 
         Args:
             samples: of one batch, with weight 1 and advantage 0. A sample that is left with neither is left out.
-            graded: of them, in order.
+            graded: their grades, in order.
         """
         return list(samples)
 
@@ -175,7 +176,7 @@ class Objective(ABC):
         """What is minimised at each token of a micro-batch."""
 
     def next_length_limit(self, trained_tokens: Sequence[float], longest: int) -> int:
-        """Tokens that a response of the next batches may have.
+        """Most tokens that a response of the next batches may have.
 
         Args:
             trained_tokens: of each response of the step, how many of its first tokens had a weight.

@@ -1,7 +1,7 @@
 """Distillation that trusts the teacher less the further the response has left it.
 
-A teacher is asked about prefixes that the student wrote. The less likely it finds them itself, the less its next token
-is worth: early tokens teach more than late ones.
+A teacher scores prefixes that the student sampled. The less likely it finds them itself, the less its next token is
+worth: early tokens count for more than late ones.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class PrefixDistillation(Objective):
     """mean over tokens of g_t D(p, q) up to the point where the teacher and the student have parted:
     g_t = 1 + gamma (1 - sum_(k<t) |A_k| / sum_k |A_k|), A_k = log p(y_k) - log q_sampling(y_k).
 
-    The weights g_t, constants of the gradient, are IW-OPD's: up to 1 + gamma at the start of a response, 1 at its end,
-    not rescaled to a mean of 1. ``part_nats`` and ``length_quantile`` are ours, after two papers that train on prefixes
-    alone: arXiv 2605.13643 (what follows a change point of the teacher's margin is left out) and arXiv 2602.15260
+    The weights g_t, held constant in the gradient, are IW-OPD's: up to 1 + gamma at the start of a response, 1 at its
+    end, not rescaled to a mean of 1. ``part_nats`` and ``length_quantile`` are ours, after two papers that train on
+    prefixes: arXiv 2605.13643 (what follows a change point of the teacher's margin is left out) and arXiv 2602.15260
     (sampling stops at a length that grows by schedule). Here they part where the teacher finds the response so far
     exp(-part_nats) times as likely as the student did, and responses may be as long as it takes until then.
     """
@@ -42,13 +42,13 @@ class PrefixDistillation(Objective):
     gamma: Nonnegative = 0.5
     """Extra weight of a response's first token; the paper's value."""
     part_nats: AboveZero | None = None
-    """Tokens are left out once sum_k (log q_sampling(y_k) - log p(y_k)) over those before them is above so many nats;
+    """Tokens are left out once sum_k (log q_sampling(y_k) - log p(y_k)) over those before them exceeds this many nats;
     null trains on all."""
     length_quantile: Share | None = None
-    """With part_nats: the next responses may have as many tokens as this share of the responses of the step had before
-    they parted, and half as many more; null leaves rollout.max_tokens."""
+    """With part_nats: limits the next responses to 1.5 times this quantile of the tokens that the step's responses had
+    before they parted; null keeps rollout.max_tokens."""
     shortest: Positive = 64
-    """The least that length_quantile makes of rollout.max_tokens."""
+    """The lowest limit that length_quantile sets."""
 
     def check(self, config: Config) -> None:
         if self.length_quantile is not None and self.part_nats is None:

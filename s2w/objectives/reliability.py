@@ -13,10 +13,10 @@ PromptKey = tuple[tuple[tuple[str, str], ...], str]
 
 
 class Reliability:
-    """Down-weights samples of prompts that the teacher answers wrong itself (``loop.unreliable_weight``).
+    """Down-weights samples of prompts that the teacher itself gets wrong (``loop.unreliable_weight``).
 
     Args:
-        shares: of the teacher's own answers that were right, by prompt; see :func:`reliability`.
+        shares: share of the teacher's own answers that were right, by prompt; see :func:`reliability`.
         unreliable_weight: weight where that share is 0.
     """
 
@@ -28,7 +28,7 @@ class Reliability:
         return [replace(sample, weight=sample.weight * self.weight(sample.rollout.prompt)) for sample in samples]
 
     def weight(self, prompt: Prompt) -> float:
-        """u + (1 - u) r, with u the lowest weight and r the prompt's share; 1 for a prompt that is not known."""
+        """u + (1 - u) r, with u the lowest weight and r the prompt's share; 1 for an unknown prompt."""
         return self.unreliable_weight + (1 - self.unreliable_weight) * self.shares.get(prompt_key(prompt), 1.0)
 
 

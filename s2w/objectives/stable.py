@@ -19,12 +19,12 @@ from s2w.records import Scored
 @register("stable")
 @dataclass(frozen=True)
 class StableDistillation(Objective):
-    """mean over the tokens of the responses that are kept of D(p, q) + reference_weight KL(q || q_0), q_0 the student's
+    """mean over the tokens of the kept responses of D(p, q) + reference_weight KL(q || q_0), q_0 the student's
     first weights of this phase. Truncated and repetitive responses are left out.
 
     Stable-OPD's other part, a share of good responses in every batch, is ``loop.off_policy_fraction``: 0.2 is the
-    paper's one in five. (The paper takes them from a data set and trains on their log-loss; here they are the teacher's
-    and are distilled like the others.) The masks are ours: the paper has none, its repetition is a metric.
+    paper's one in five. (The paper takes them from a data set and trains on their NLL; here they are the teacher's
+    and are distilled like the others.) The masks are ours: the paper has none, and only measures repetition.
     """
 
     source = "Stable-OPD, arXiv 2604.08527, eq. 6"
@@ -33,11 +33,11 @@ class StableDistillation(Objective):
     truncated: bool = True
     """Leave out responses that were cut off at the token limit."""
     loop_ngram: Positive = 64
-    """Leave out responses that repeat up to so many tokens four times in a row or more ..."""
+    """Leave out responses that repeat a sequence of up to this many tokens four or more times in a row ..."""
     loop_tokens: Positive = 128
-    """... over at least so many tokens."""
+    """... over at least this many tokens."""
     reference_weight: Nonnegative = 0.0
-    """Of the KL to the first weights; above 0 a further engine runs them (``reference`` in the settings)."""
+    """Weight of the KL to the first weights; above 0, a further engine runs them (``reference`` in the settings)."""
 
     @property
     def needs_reference(self) -> bool:

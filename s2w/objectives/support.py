@@ -57,7 +57,7 @@ def signal_support(kind: str, divergence: str) -> Support:
 
 
 def markdown_table() -> str:
-    """The table of the documentation: a row a divergence, a column a kind of signal."""
+    """The table of the documentation: one row per divergence, one column per kind of signal."""
     lines = ["| divergence | " + " | ".join(KINDS) + " |", "| --- |" + " --- |" * len(KINDS)]
     for name in DIVERGENCES:
         lines.append(f"| {name} | " + " | ".join(signal_support(kind, name).strength for kind in KINDS) + " |")
