@@ -2,7 +2,7 @@
 
 A divergence is ``D(p, q) = sum_v f(log p_v, log q_v)``, in nats. :meth:`Divergence.terms` gives ``f`` and
 ``df / d log q`` per token of the vocabulary; the kernel (:mod:`s2w.objectives.kernel`) turns the second into the
-gradient by the student's logits, ``g_v - q_v * sum_u g_u``, and knows nothing else of the divergence.
+gradient w.r.t. the student's logits, ``g_v - q_v * sum_u g_u``, and knows nothing else of the divergence.
 
 To add one: a frozen dataclass with ``terms``, decorated with ``@register("its_name")``, a case in
 tests/unit/objectives/test_divergences.py, and ``make docs``. A parameter is a field of the dataclass: ``beta`` and
@@ -85,7 +85,7 @@ def make_divergence(name: str, **parameters: Any) -> Divergence:
 
 
 def divergence_of(loss: LossConfig) -> Divergence:
-    """The divergence of a section ``loss``; errors as of :func:`make_divergence`."""
+    """The divergence of a section ``loss``; errors as in :func:`make_divergence`."""
     return make_divergence(loss.divergence, **{"beta": loss.beta, "alpha": loss.alpha, **loss.options})
 
 
@@ -230,10 +230,10 @@ class AlphaDivergence(Divergence):
 @register("adaptive_kl")
 @dataclass(frozen=True)
 class AdaptiveKL(Divergence):
-    """w KL(p || q) + (1 - w) KL(q || p), w by row from where the student is wrong (AKL, arXiv 2404.02657).
+    """w KL(p || q) + (1 - w) KL(q || p), w per token from where the student is wrong (AKL, arXiv 2404.02657).
 
-    The head is the smallest set of the teacher's likeliest tokens that holds ``head_mass``; w is the part of
-    sum |p - q| that lies in the head. w is a constant of the gradient. Not an f-divergence: w couples the tokens.
+    The head is the smallest set of the teacher's most likely tokens with ``head_mass`` or more; w is the share of
+    sum |p - q| that lies in the head, held constant in the gradient. Not an f-divergence: w couples the tokens.
     """
 
     is_f_divergence: ClassVar[bool] = False
@@ -247,7 +247,7 @@ class AdaptiveKL(Divergence):
 
     def forward_weight(self, p: Tensor, q: Tensor) -> Tensor:
         """w, [..., 1]; 1/2 where p = q."""
-        # The head of a language model is short: the sort of the whole vocabulary is the rare case.
+        # This head is short in language models: sorting the whole vocabulary is the rare case.
         top = p.topk(min(256, p.shape[-1])).values
         if not bool((top.sum(-1) >= self.head_mass).all()):
             top = p.sort(descending=True).values
@@ -264,8 +264,8 @@ class AdaptiveKL(Divergence):
 class KLMixture(Divergence):
     """w KL(p || q) + (1 - w) KL(q || p), w = ``forward_weight`` (arXiv 2605.16826, which calls 1 - w lambda).
 
-    That paper finds that a large w keeps long responses from growing and entropy from collapsing at no loss of
-    accuracy, and that w = 1/2 does not yet; NeMo-RL's default is 0.5.
+    That paper finds that a large w keeps long responses from growing and entropy from collapsing at no cost in
+    accuracy, and that w = 1/2 is not enough; NeMo-RL's default is 0.5.
     """
 
     forward_weight: float = 0.5
@@ -287,7 +287,7 @@ class EntropyAwareKL(Divergence):
 
     EOPD (arXiv 2603.07079): where the teacher sees several ways to go on, reverse KL alone lets the student forget all
     but one. The paper's values are the defaults; it takes the reverse KL by policy gradient at the sampled token and
-    the forward KL over the teacher's 16 likeliest tokens, both are exact here. The entropy is a constant of the
+    the forward KL over the teacher's 16 most likely tokens; both are exact here. The entropy is held constant in the
     gradient, and couples the tokens: not an f-divergence.
     """
 
@@ -312,8 +312,8 @@ class EntropyAwareKL(Divergence):
 class ClippedForwardKL(Divergence):
     """sum_v min(p_v (log p_v - log q_v), ``clip``): forward KL in which no token of the vocabulary counts for more.
 
-    OPSD (arXiv 2601.18734), for a teacher that has been shown the answer: a few tokens of style would carry most of the
-    KL. Its clip of 0.05 is the default. No gradient where the clip is reached; not an f-divergence, since merging
+    OPSD (arXiv 2601.18734), for a teacher that has been shown the answer: a few tokens of style would make up most of
+    the KL. Its clip of 0.05 is the default. No gradient where the clip is reached; not an f-divergence, since merging
     tokens may merge clipped ones.
     """
 
