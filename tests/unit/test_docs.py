@@ -1,0 +1,43 @@
+"""The generated tables of docs/*.md are those of the code, and what documents name exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md", *sorted(ROOT.glob("examples/*/README.md"))]
+TABLES = {
+    "objectives.md": ["objectives", "objective_settings", "divergences"],
+    "metrics.md": ["metrics"],
+    "signals.md": ["support"],
+}
+PATH = re.compile(r"`((?:s2w|tests|docs|benchmarks|configs|examples|locks)/[\w./-]+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    """In a process of its own: other tests define metrics and objectives."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs/make_tables.py"), "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("document", "names"), TABLES.items())
+def test_every_table_stands_in_its_document(document: str, names: list[str]) -> None:
+    text = (ROOT / "docs" / document).read_text()
+    assert re.findall(r"<!-- generated: (\w+) -->", text) == names
+    assert text.count("<!-- end -->") == len(names)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_exist(document: Path) -> None:
+    text = document.read_text()
+    named = [ROOT / path for path in PATH.findall(text)] + [document.parent / path for path in LINK.findall(text)]
+    assert named
+    assert [str(path) for path in named if not path.exists()] == []
