@@ -1,4 +1,4 @@
-"""Files with a JSON value a line that survive the end of their writer at any moment."""
+"""Files with one JSON value per line that survive their writer being killed at any moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Line = dict[str, Any]
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
-    """Adds the lines in one write, behind what is there; an end that an earlier write tore off is cut first."""
+    """Appends the lines in one write; a torn last line of an earlier write is cut off first."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with path.open("ab+", buffering=0) as file:
         if end := file.seek(0, 2):
@@ -22,12 +22,12 @@ def append(path: Path, lines: Iterable[Line]) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """All lines; none if there is no such file, and without a last one whose write did not come to its end."""
+    """All lines, without a torn last one; none if there is no such file."""
     return [json.loads(line) for line in _complete(path).splitlines()] if path.exists() else []
 
 
 def keep(path: Path, wanted: Callable[[Line], bool]) -> None:
-    """Drops all other lines, and what an earlier write tore off: at every moment the file is the old or the new."""
+    """Drops all other lines, and a torn last one: at every moment the file is the old one or the new one."""
     if path.exists():
         partial = path.with_suffix(".partial")
         partial.write_bytes(b"".join(x for x in _complete(path).splitlines(keepends=True) if wanted(json.loads(x))))

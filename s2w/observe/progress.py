@@ -11,7 +11,7 @@ from s2w.records import Heldout
 
 
 class Progress:
-    """Prints a line a step; on a terminal also what the step under way has done so far.
+    """Prints one line per step; on a terminal also what the step in progress has done so far.
 
     Args:
         steps: of each phase, by name.
@@ -23,17 +23,17 @@ class Progress:
         self._live = sys.stdout.isatty()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Prints a line of its own."""
         print(("\r\x1b[K" if self._live else "") + text, flush=True)
 
     def under_way(self, generated: int, scored: int, samples: int) -> None:
-        """What the batch under way has come to; shown on a terminal only."""
+        """How far the batch in progress has come; shown only on a terminal."""
         if self._live:
             line = f"\r\x1b[K  {generated}/{samples} generated, {scored}/{samples} scored"
             print(line, end="", flush=True)
 
     def step(self, line: dict[str, Any]) -> None:
-        """The line of one step: every metric that has a column, under a head."""
+        """The line of one step: every metric that has a column, under a heading."""
         phase, step = line["phase"], line["step"]
         steps, now = self.steps[phase], time.monotonic()
         columns = [metric for name, metric in METRICS.items() if metric.column and name in line]
@@ -64,7 +64,7 @@ class Progress:
             )
 
     def summary(self, summary: dict[str, Any]) -> None:
-        """What the run ends with; ``summary`` is that of summary.json."""
+        """The lines at the end of a run; ``summary`` is that of summary.json."""
         self.say("")
         if off_policy := summary.get("off_policy"):
             self.say(

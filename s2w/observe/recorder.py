@@ -21,9 +21,9 @@ class Recorder:
     """Writes each figure as soon as it is known, so that a run that dies keeps what it measured.
 
     Args:
-        directory: the run directory; made if missing.
+        directory: the run directory; created if missing.
         step: updates already done (resume). Later lines of an interrupted run are dropped.
-        off_policy_step: the same of the off-policy phase.
+        off_policy_step: the same for the off-policy phase.
         config: the resolved configuration, for W&B.
         tensorboard: write ``tensorboard/``.
         wandb: project name, or None.
@@ -51,7 +51,7 @@ class Recorder:
         jsonl.keep(directory / "timeline.jsonl", lambda line: line["step"] <= step)
         jsonl.keep(self.off_policy_heldout_lines, lambda line: line["step"] <= off_policy_step)
         jsonl.keep(self.heldout_lines, lambda line: line["version"] <= step)
-        # An evaluation that was not written to its end is made again.
+        # An evaluation that was not written completely is repeated.
         evaluated = {line["version"] for line in jsonl.read(self.heldout_lines)}
         for path in (self.response_lines, self.sample_lines):
             jsonl.keep(path, lambda line: line["version"] in evaluated)
@@ -76,7 +76,7 @@ class Recorder:
         """Adds one held-out evaluation, and its responses: all in figures, some in full."""
         jsonl.append(self.response_lines, map(asdict, responses))
         jsonl.append(self.sample_lines, map(asdict, samples))
-        # The last: what a kill leaves without it is not an evaluation.
+        # Last: without this line, what a killed run leaves does not count as an evaluation.
         line = asdict(result)
         jsonl.append(self.heldout_lines, [line])
         self._scalars({f"heldout/{name}": value for name, value in line.items()}, result.version)
@@ -93,7 +93,7 @@ class Recorder:
         return [OffPolicyHeldout(**line) for line in jsonl.read(self.off_policy_heldout_lines)]
 
     def evaluations(self) -> list[Heldout]:
-        """All held-out evaluations of this run so far, also from before it was resumed."""
+        """All held-out evaluations of this run so far, including those before it was resumed."""
         return [Heldout(**line) for line in jsonl.read(self.heldout_lines)]
 
     def summary(self, summary: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class Recorder:
             self._wandb.log({f"{prefix}{name}": value for name, value in {**scalars, "step": step}.items()})
 
     def _writer(self, phase: str) -> Any:
-        """TensorBoard's writer. Each phase has its directory: resuming hides the later steps of a whole one."""
+        """TensorBoard's writer, a directory for each phase: resuming hides the later steps of a whole directory."""
         if phase not in self._writers:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -109,7 +109,7 @@ class StepReporter:
             samples: the batch that was trained on.
             graded: its answers, in the same order.
             swapped: how the swap went; None if it failed.
-            length_limit: of the responses of the next batches.
+            length_limit: for the responses of the next batches.
         """
         now = time.time()
         rollouts = [sample.rollout for sample in samples]
@@ -163,7 +163,7 @@ class StepReporter:
         }
 
     def _rates(self, step: int, samples: Sequence[Scored], update: LearnerStep, times: StepTimes) -> dict[str, float]:
-        """Tokens a second by stage."""
+        """Tokens per second, by stage."""
         own = [sample.rollout for sample in samples if sample.rollout.versions]
         scored = [
             (sample.rollout, signal) for sample in samples for signal in (sample.signal, sample.reference) if signal
@@ -216,7 +216,7 @@ def off_policy_line(step: int, samples: Sequence[Scored], update: LearnerStep, *
 
 
 def update_metrics(update: LearnerStep) -> Line:
-    """What an update says of itself, by metric."""
+    """What an update reports, by metric."""
     return {
         LOSS.name: update.loss,
         **update.metrics,
@@ -227,7 +227,7 @@ def update_metrics(update: LearnerStep) -> Line:
 
 
 def _by_mode(samples: Sequence[Scored], graded: Sequence[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
-    """By mode, of the responses that the student wrote: what the learner saw of them, and what they are worth."""
+    """By mode, for the responses that the student sampled: the learner's metrics and the grades."""
     own = [one for sample, one in zip(samples, graded, strict=True) if sample.rollout.versions]
     result: dict[str, dict[str, float]] = {}
     for mode, scores in mode_scores(own).items():

@@ -17,7 +17,7 @@ class Timeline:
     """Collects intervals (wall-clock seconds) by stage and actor.
 
     Args:
-        path: the file that gets a line for each stretch of uninterrupted work of an actor.
+        path: the file that gets a line for each stretch of an actor's uninterrupted work.
     """
 
     def __init__(self, path: Path) -> None:
