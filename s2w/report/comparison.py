@@ -20,7 +20,7 @@ Metric = Literal["forward_kl", "reverse_kl", "accuracy", "mode_adherence", "trun
 KL: tuple[Metric, ...] = ("forward_kl", "reverse_kl")
 SHARES: tuple[Metric, ...] = ("accuracy", "mode_adherence", "truncated")
 SEED = 0
-"""Of the bootstrap: a report of the same run is the same."""
+"""Seed of the bootstrap: reports of the same run are the same."""
 _SHARE_OF: dict[Metric, Callable[[HeldoutResponse], bool | None]] = {
     "accuracy": lambda response: response.correct,
     "mode_adherence": lambda response: response.adherent,
@@ -37,9 +37,9 @@ class Comparison:
     """None: all together."""
     before: Estimate
     after: Estimate | None
-    """None: there was one evaluation only."""
+    """None: there was only one evaluation."""
     change: Estimate | None
-    """After minus before, over the prompts that were asked both times, in pairs."""
+    """After minus before, paired, over the prompts that were asked both times."""
 
     @property
     def verdict(self) -> Literal["better", "worse", "unclear"]:
@@ -96,7 +96,7 @@ def _at(run: Run, heldout: Heldout, metric: Metric, mode: Mode | None) -> Estima
 
 
 def _change(before: Sequence[HeldoutResponse], after: Sequence[HeldoutResponse], metric: Metric) -> Estimate | None:
-    """None if responses do not hold the metric, there are no pairs, or no pair differs: no spread, no interval."""
+    """None if responses do not have the metric, there are no pairs, or no pair differs: no spread, no interval."""
     if metric == "response_length":
         return None
     earlier = {(one.mode, one.uid): one for one in before}

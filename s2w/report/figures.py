@@ -1,4 +1,4 @@
-"""The figures of a report, as PNG. Colours are Okabe and Ito's, which the colour-blind tell apart."""
+"""The figures of a report, as PNG. Colours are Okabe and Ito's, which colour-blind people can tell apart."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ WIDTH = 10.5
 """Inches."""
 DPI = 110
 SMOOTHED = 60
-"""From so many steps on a line is also drawn as a running median."""
+"""From this many steps on, a line is also drawn as a running median."""
 LOGARITHMIC = 20
-"""Largest over smallest gradient norm from which on their axis is logarithmic."""
+"""Ratio of largest to smallest gradient norm above which their axis is logarithmic."""
 STRETCH = 4
-"""Steps that the lanes are shown of in detail."""
+"""Steps whose lanes are shown in detail."""
 ACTORS = 16
 """Actors of a stage that get a lane in the figures; the table has them all."""
 
@@ -58,16 +58,16 @@ class Picture:
     """One figure."""
 
     name: str
-    """Of its file, without ``.png``."""
+    """Name of its file, without ``.png``."""
     title: str
     caption: str
     png: bytes
     hover: dict[str, Any] | None = None
-    """What lies where on a figure of lanes, see :func:`lanes_picture`."""
+    """What is where on a figure of lanes, see :func:`lanes_picture`."""
 
 
 def draw(run: Run, lanes: Lanes | None) -> list[Picture]:
-    """All figures that the run has something for."""
+    """All figures for which the run has data."""
     with rc_context(STYLE):
         pictures = [
             kl_picture(run),
@@ -148,7 +148,7 @@ def quality_picture(run: Run) -> Picture | None:
 
 
 def training_picture(run: Run) -> Picture | None:
-    """What each on-policy update saw; None without one."""
+    """Metrics of each on-policy update; None without one."""
     if not run.steps:
         return None
     figure, axes = _panels(2, 3, 5.4)
@@ -364,7 +364,7 @@ def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
 
 
 def _trace_by_mode(axis: Axes, run: Run, name: str, linestyle: str = "-") -> None:
-    """A line for each mode, or one for all where the steps tell no modes apart."""
+    """A line for each mode, or one for all where the steps do not distinguish modes."""
     steps = series(run.steps, "step")
     by_mode: dict[Mode, np.ndarray] = {mode: series(run.steps, "by_mode", mode, name) for mode in run.modes}
     known = {mode: values for mode, values in by_mode.items() if np.isfinite(values).any()}
@@ -375,7 +375,7 @@ def _trace_by_mode(axis: Axes, run: Run, name: str, linestyle: str = "-") -> Non
 
 
 def _trace(axis: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, linestyle: str = "-") -> None:
-    """A line over the steps; a long one is faint, under its running median."""
+    """A line over the steps; a long one is drawn faintly, under its running median."""
     marker = "." if len(steps) < 10 else ""
     if len(steps) < SMOOTHED:
         axis.plot(steps, values, color=colour, label=label, linestyle=linestyle, marker=marker)

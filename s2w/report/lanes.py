@@ -17,7 +17,7 @@ NAMES: dict[Stage, str] = {
     "swap": "swap",
 }
 GAP = 5
-"""A pause between steps of more than this many median steps ends a stretch: the run was stopped and resumed."""
+"""A pause between steps longer than this many median steps ends a stretch: the run was stopped and resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Lanes:
     def busy(self, lane: Lane) -> np.ndarray:
         """float64 [steps]: seconds of each window in which the actor was at work."""
         intervals = merge((one.start, one.stop) for one in lane.work)
-        # Work done until a moment is linear between the ends of the intervals.
+        # Work done up to a given time is linear between the ends of the intervals.
         ends = np.array(intervals).ravel()
         done = np.cumsum([[0.0, stop - start] for start, stop in intervals])
         starts, stops = np.array(self.windows).T

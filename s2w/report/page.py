@@ -1,4 +1,4 @@
-"""Puts a report together: one page that needs no other file, and the figures beside it."""
+"""Writes a report: one self-contained page, and the figures beside it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BusyShare:
     stage: str
     seconds: float
     share: float
-    """Of the time in steps."""
+    """Share of the time in steps."""
 
 
 def write_report(run: Path, output: Path | None) -> Path:
@@ -52,7 +52,7 @@ def write_report(run: Path, output: Path | None) -> Path:
         output: directory of the report; None for ``report`` in the run directory.
 
     Raises:
-        ConfigError: ``run`` is no run directory, or the report cannot be written.
+        ConfigError: ``run`` is not a run directory, or the report cannot be written.
     """
     content = read_run(run)
     directory = output or run / DIRECTORY
@@ -148,6 +148,6 @@ def _estimate(estimate: Estimate | None, metric: Metric, signed: bool = False) -
 
 
 def _thinking_and_answer(response: str) -> tuple[str, str]:
-    """A response cut behind its think block; the first part is empty if there is none."""
+    """A response split after its think block; the first part is empty if there is none."""
     head, close, tail = response.partition(THINK_CLOSE)
     return (head + close, tail) if close else ("", response)

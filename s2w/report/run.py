@@ -25,12 +25,12 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A stretch of uninterrupted work of one actor, as ``timeline.jsonl`` holds it."""
+    """A stretch of one actor's uninterrupted work, as ``timeline.jsonl`` holds it."""
 
     stage: Stage
     actor: int
     step: int
-    """Of the batch that was worked on."""
+    """Step of the batch that was worked on."""
     start: float
     """Wall-clock seconds (``time.time``)."""
     stop: float
@@ -58,11 +58,11 @@ class Run:
     metrics: dict[str, Metric]
     """Definitions of its metrics by name; those of this version of s2w where the run kept none."""
     wall_seconds: float | None
-    """From the last start of the run to its end; None if it never came to one."""
+    """From the last start of the run to its end; None if it never ended."""
 
     @property
     def finished(self) -> bool:
-        """The run has done what it was asked for. One that is being continued still has its first summary."""
+        """Whether the run has done what it was asked for. A run being continued still has its first summary."""
         done = self.steps[-1]["step"] if self.steps else 0
         return self.wall_seconds is not None and done >= self.config["loop"]["steps"]
 
@@ -86,7 +86,7 @@ def read_run(directory: Path) -> Run:
     """Reads a run directory. A line that is still being written is left out.
 
     Raises:
-        ConfigError: it is no run directory, or a file in it is not what this version of s2w writes.
+        ConfigError: it is not a run directory, or a file in it is not what this version of s2w writes.
     """
     for name in ("config.yaml", "metrics.jsonl"):
         if not (directory / name).is_file():
@@ -105,7 +105,7 @@ def read_run(directory: Path) -> Run:
         directory=directory,
         config=config,
         config_text=text,
-        # `by_mode` came later than the rest.
+        # `by_mode` was added later than the rest.
         steps=[{"by_mode": {}, **line} for line in steps if line["phase"] == "on_policy"],
         off_policy_steps=[line for line in steps if line["phase"] == "off_policy"],
         heldout=_records(directory / "heldout.jsonl", Heldout),
@@ -120,7 +120,7 @@ def read_run(directory: Path) -> Run:
 
 
 def series(lines: Sequence[Line], *names: str) -> np.ndarray:
-    """A figure over the lines, float64 [lines]; ``names`` lead to it through nested dicts, NaN where it is missing."""
+    """A number over the lines, float64 [lines]; ``names`` lead to it through nested dicts, NaN where it is missing."""
     values = []
     for line in lines:
         value: Any = line

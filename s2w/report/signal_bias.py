@@ -1,4 +1,4 @@
-"""`s2w signals`: what cheaper teacher signals would have said in a run with signal.bias_every, as table and figure."""
+"""`s2w signals`: what cheaper teacher signals would have given in a run with signal.bias_every, as table and figure."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Comparison:
     name: str
     bytes_per_token: float
     divergence: float
-    """What it gives, mean over the steps, nats a token."""
+    """What it gives, mean over the steps, nats/token."""
     biases: np.ndarray
-    """What it gives less the exact divergence, float64 [steps], nats a token."""
+    """What it gives minus the exact divergence, float64 [steps], nats/token."""
     cosines: np.ndarray
     """Between its gradient and the exact one, float64 [steps]."""
 
@@ -56,7 +56,7 @@ def write_signals(directory: Path, output: Path | None) -> tuple[str, Path]:
         The table in Markdown, and the file.
 
     Raises:
-        ConfigError: it is no run directory, or the run measured nothing.
+        ConfigError: it is not a run directory, or the run measured nothing.
     """
     run = read_run(directory)
     signals = compare_signals(run)
@@ -86,7 +86,7 @@ def compare_signals(run: Run) -> list[Comparison]:
 
 
 def table(signals: Sequence[Comparison]) -> str:
-    """In Markdown, a row a signal, means over the steps."""
+    """In Markdown, one row per signal, means over the steps."""
     rows = ["| signal | bytes a token | divergence | of the exact | cosine |", "| --- | ---: | ---: | ---: | ---: |"]
     for signal in signals:
         exact = signal.divergence - signal.biases.mean()
@@ -98,7 +98,7 @@ def table(signals: Sequence[Comparison]) -> str:
 
 
 def draw(run: Run, signals: Sequence[Comparison], path: Path) -> None:
-    """Bias and cosine over bytes a token: a point a signal, its bar from the least to the most over the steps."""
+    """Bias and cosine over bytes per token: one point per signal, with a bar from its lowest to its highest step."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -111,7 +111,7 @@ def draw(run: Run, signals: Sequence[Comparison], path: Path) -> None:
             for axis, values in ((left, [s.biases for s in own]), (right, [s.cosines for s in own])):
                 means = np.array([value.mean() for value in values])
                 bars = [means - [value.min() for value in values], [value.max() for value in values] - means]
-                # Two dtypes of hidden rows are no curve.
+                # Two dtypes of hidden states are not a curve.
                 line = "o" if kind == "hidden" else "o-"
                 axis.errorbar(sizes, means, np.abs(bars), fmt=line, color=colour, label=kind, markersize=4, capsize=2)
         for axis in (left, right):

@@ -1,4 +1,4 @@
-"""The lines on top of a report: was the run good, and what did it cost."""
+"""The lines at the top of a report: was the run good, and what did it cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from s2w.report.comparison import KL, Comparison, Metric
 from s2w.report.run import Run, series
 
 TRUNCATED, OBEDIENT = 0.1, 0.9
-"""More responses cut off than this, or fewer that keep to their mode, are worth a remark."""
+"""A larger share of truncated responses, or a smaller one that keep to their mode, is worth a remark."""
 NAMES: dict[Metric, str] = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
@@ -34,7 +34,7 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class KeyFigure:
-    """One number of the head line."""
+    """One number of the headline."""
 
     name: str
     value: str
@@ -52,7 +52,7 @@ def remarks(run: Run, comparisons: Sequence[Comparison]) -> list[Remark]:
         lines.append(Remark("warning", "There is no held-out evaluation yet."))
     for line in comparisons:
         overall = line.metric in KL and line.mode is None
-        # A mode may lose what the mean over all gains.
+        # A mode may get worse while the mean over all gets better.
         spoilt_mode = line.metric in KL and line.verdict == "worse"
         if overall or spoilt_mode or line.metric == "accuracy":
             lines.append(Remark(line.verdict, _sentence(line)))
