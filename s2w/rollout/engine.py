@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
 ATTEMPTS = 3
-"""Times that a response is asked for which vLLM aborts."""
+"""How often a response that vLLM aborts is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ def _inserted(token_ids: np.ndarray, candidates: int) -> _Part:
 
 @dataclass(slots=True)
 class _Draft:
-    """A response under way."""
+    """A response in progress."""
 
     request: Request
     limit: int
-    """Its longest length, in tokens."""
+    """Most tokens that it may have."""
     budget: int | None
     """Tokens after which an open think block is closed."""
     started: float
@@ -74,7 +74,7 @@ class _Draft:
         return self.parts[-1].finish_reason == "length" and len(self.token_ids) < self.limit
 
     def versions(self) -> tuple[VersionSpan, ...]:
-        """Spans of the whole response; neighbours of one version are one span."""
+        """Spans of the whole response; adjacent ones of one version are one span."""
         spans: list[VersionSpan] = []
         for start, part in self._starts():
             for span in part.versions:
@@ -103,11 +103,11 @@ class RolloutEngine:
         index: this engine's number in the pool.
         model: the student's first checkpoint.
         device: ``cuda`` or ``cpu``.
-        dtype: of the weights and products, resolved.
+        dtype: dtype of weights and matrix products, resolved.
         max_model_len: longest prompt plus response, in tokens.
-        vocab_size: ids of the vocabulary; rows of the head from here on are padding, which is never sampled.
+        vocab_size: ids of the vocabulary; rows of the head from there on are padding, which is never sampled.
         candidates: top-k ids of the student to keep for each position; 0 for none (signal ``ids`` needs them).
-        stop_token_ids: end-of-sequence ids of the student's checkpoint; vLLM itself knows those of its files only.
+        stop_token_ids: end-of-sequence ids of the student's checkpoint; vLLM itself knows only those of its files.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class RolloutEngine:
         """Samples a response.
 
         Raises:
-            RequestRefusedError: vLLM does not take the request.
+            RequestRefusedError: vLLM rejects the request.
         """
         draft = self._draft(request)
         with telling_engine_death(self.llm):
@@ -194,7 +194,7 @@ class RolloutEngine:
         return self._rollout(draft)
 
     async def generate_batch(self, requests: list[Request]) -> list[Rollout]:
-        """Samples all of them in batches whose composition is the same in every run; errors as above."""
+        """Samples all of them in batches composed in the same way in every run; errors as above."""
         drafts = [self._draft(request) for request in requests]
         with telling_engine_death(self.llm):
             await self._extend_together(drafts)
@@ -217,7 +217,7 @@ class RolloutEngine:
         """One request: the response up to its thinking budget, or what follows it."""
         seed = draft.request.prompt.seed + draft.request.sample
         if draft.parts:
-            # The generator starts anew: the same seed would draw the same numbers again.
+            # The generator starts over: the same seed would draw the same numbers again.
             seed = derive_seed("after the thinking budget", seed)
         stop = draft.limit if draft.parts or draft.budget is None else draft.budget
         part = await self._sample(draft, stop - len(draft.token_ids), seed)
@@ -266,10 +266,10 @@ class RolloutEngine:
         )
 
     async def _complete(self, draft: _Draft, parameters: SamplingParams) -> CompletionOutput:
-        """The output of a request that came to its end; asks again if vLLM gave it up half-way.
+        """The output of a completed request; asks again if vLLM gave it up half-way.
 
         Raises:
-            RuntimeError: it gave it up :data:`ATTEMPTS` times.
+            RuntimeError: vLLM gave it up :data:`ATTEMPTS` times.
         """
         uid = draft.request.uid
         ids = np.concatenate([draft.request.prompt.token_ids, draft.token_ids]).tolist()
@@ -277,7 +277,7 @@ class RolloutEngine:
             name = f"{uid}/{next(self._requests)}"
             [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, name)]
             completion = output.outputs[0]
-            # Not "abort" or "error": such a response would pass for a whole one.
+            # Not "abort" or "error": such a response would pass for a complete one.
             if completion.finish_reason in ("stop", "length"):
                 return completion
         raise RuntimeError(
@@ -288,8 +288,8 @@ class RolloutEngine:
     async def _extend_together(self, drafts: list[_Draft]) -> None:
         """:meth:`_extend` for all of them, repeatably.
 
-        Float products depend in their last bits on what else is in the batch, and requests that arrive one by
-        one meet different batches; so scheduling stops until all are queued in order, with an empty prefix cache.
+        The last bits of matrix products depend on what else is in the batch, and requests that arrive one by one
+        end up in different batches; so scheduling stops until all are queued in order, with an empty prefix cache.
         """
         await self.llm.pause_generation(mode="keep", clear_cache=True)
         tasks: list[asyncio.Task[None]] = []
@@ -297,7 +297,7 @@ class RolloutEngine:
             for draft in drafts:
                 queued = self.llm.get_num_unfinished_requests()
                 tasks.append(asyncio.create_task(self._extend(draft)))
-                # While scheduling stops none ends but one that is refused.
+                # While scheduling is stopped, only a rejected request ends.
                 while self.llm.get_num_unfinished_requests() == queued and not tasks[-1].done():
                     await asyncio.sleep(0)
         finally:
@@ -306,7 +306,7 @@ class RolloutEngine:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
-                task.cancel()  # those that go on when another has failed
+                task.cancel()  # those still running when another has failed
 
     def _rollout(self, draft: _Draft) -> Rollout:
         candidates = np.concatenate([part.candidates for part in draft.parts])
@@ -325,7 +325,7 @@ class RolloutEngine:
         )
 
     async def connect_weights(self, info: dict[str, Any]) -> None:
-        """A step of a swap, see :class:`s2w.weights.publish.EngineWeights`, as the next four."""
+        """A step of a swap, see :class:`s2w.weights.publish.EngineWeights`; so are the next four."""
         with telling_engine_death(self.llm):
             await self.weights.connect(info)
 
@@ -346,14 +346,14 @@ class RolloutEngine:
             await self.weights.resume()
 
     async def log_probs(self, token_ids: np.ndarray) -> np.ndarray:
-        """float32 [n - 1]: what the engine's weights say of each of the n tokens but the first, in nats."""
+        """float32 [n - 1]: log-probs of the n tokens but the first under the engine's weights, in nats."""
         from s2w.weights.probe import engine_log_probs
 
         with telling_engine_death(self.llm):
             return await engine_log_probs(self.llm, token_ids)
 
     async def probed(self) -> np.ndarray:
-        """As :meth:`log_probs`, of the last swap's probe."""
+        """Like :meth:`log_probs`, for the last swap's probe."""
         with telling_engine_death(self.llm):
             return await self.weights.probed()
 

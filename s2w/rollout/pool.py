@@ -1,4 +1,4 @@
-"""The pool of rollout engines: dispatch by load, each sample handed on when it finishes."""
+"""The pool of rollout engines: dispatch by load, each sample passed on when it finishes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RolloutPool:
         self._up = True
 
     async def generate(self, request: Request) -> Rollout:
-        """One response, from the engine with the least to do; see :meth:`RolloutEngine.generate`."""
+        """One response, from the engine with the fewest requests; see :meth:`RolloutEngine.generate`."""
         index = min(range(len(self.engines)), key=self._load.__getitem__)
         self._load[index] += 1
         try:
@@ -81,12 +81,12 @@ class RolloutPool:
         return {number: RemoteReceiver(engine, self.workers) for number, engine in enumerate(self.engines)}
 
     async def log_probs(self, token_ids: np.ndarray) -> list[np.ndarray]:
-        """What each engine's weights say of the tokens, see :meth:`RolloutEngine.log_probs`."""
+        """Log-probs of the tokens under each engine's weights, see :meth:`RolloutEngine.log_probs`."""
         calls = [answer(_name(i), engine.log_probs.remote(token_ids)) for i, engine in enumerate(self.engines)]
         return await asyncio.gather(*calls)
 
     async def probed(self) -> list[np.ndarray]:
-        """What each engine's weights say of the probe of the last swap."""
+        """Log-probs of the last swap's probe under each engine's weights."""
         calls = [answer(_name(i), engine.probed.remote()) for i, engine in enumerate(self.engines)]
         return await asyncio.gather(*calls)
 

@@ -1,4 +1,4 @@
-"""The thinking budget: a think block that is still open after so many tokens is closed, and the answer follows.
+"""The thinking budget: a think block that is still open after this many tokens is closed, and the answer follows.
 
 Qwen3 Technical Report (arXiv 2505.09388), section 4.3, "Thinking Budget": generation halts at the budget, a
 stop-thinking instruction is inserted, and the model answers from the thinking it has done.
@@ -36,13 +36,13 @@ class ThinkingStop:
 def check_thinking_budget(
     budget: int, setting: str, rollout: RolloutConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuses a budget that cannot be kept.
+    """Rejects a budget that cannot be kept.
 
     Args:
-        setting: name of the setting that holds the budget, for the error's text.
+        setting: name of the setting that holds the budget, for the error message.
 
     Raises:
-        ConfigError: no think block in the template, an instruction without closing tag or that the tokenizer cannot
+        ConfigError: no think block in the template, an instruction without a closing tag or that the tokenizer cannot
             encode, or no room for an answer.
     """
     if budget < 1:
@@ -55,7 +55,7 @@ def check_thinking_budget(
         raise ConfigError(f"rollout.stop_thinking must contain {THINK_CLOSE}: it closes the think block")
     try:
         inserted = len(ThinkingStop(rollout.stop_thinking, tokenizer).token_ids)
-    except Exception as error:  # The tokenizers library has no class of its own.
+    except Exception as error:  # The tokenizers library has no exception class of its own.
         raise ConfigError(f"the tokenizer cannot encode rollout.stop_thinking: {error}") from error
     if budget + inserted >= rollout.max_tokens:
         raise ConfigError(
