@@ -33,7 +33,7 @@ class ColumnAddition(ProceduralDataset):
         return {"question": problem.question, "answer": problem.answer, "metadata": metadata}
 
     def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
-        """1.0 for the sum, else 0.0: no part marks."""
+        """1.0 for the sum, else 0.0: no partial credit."""
         return float(answer == entry["answer"])
 
 

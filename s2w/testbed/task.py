@@ -1,7 +1,7 @@
 """The task ``column_addition``: the sum of three two-digit numbers.
 
 In the think block the numbers are added one after the other, column by column with the carry, which a small model
-learns; without it the sum has to be found in one go, which a small model finds hard. For 27 + 94 + 58::
+learns; without it the sum has to be found in one step, which a small model finds hard. For 27 + 94 + 58::
 
     <think>
     7+4+0=11 2+9+1=12 121
@@ -28,7 +28,7 @@ from s2w.records import Mode
 NAME = "column_addition"
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 8
-"""One problem in so many is held out."""
+"""One problem in this many is held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def split(self) -> Split:
-        """By a hash of the sorted terms: another order of the same terms is in the same split."""
+        """By a hash of the sorted terms: the same terms in another order are in the same split."""
         digest = zlib.crc32(repr(sorted(self.terms)).encode())
         return "heldout" if digest % HELDOUT_SHARE == 0 else "train"
 

@@ -28,7 +28,7 @@ MIN_LR_RATIO = 0.02
 BATCH: dict[Mode, int] = {"think": 64, "no_think": 128}
 """Responses of one step; those of ``no_think`` are short, so they cost less."""
 NO_THINK_WEIGHT = 0.3
-"""Of the mean loss of ``no_think`` tokens, beside 1 for ``think``."""
+"""Weight of the mean loss of ``no_think`` tokens, next to 1 for ``think``."""
 IGNORED = -100
 """Label of tokens without a loss, in transformers."""
 
@@ -90,7 +90,7 @@ def learning_rate(step: int, steps: int) -> float:
 def train(tokenizer: PreTrainedTokenizerFast, steps: int = STEPS, seed: int = 0) -> Qwen3MoeForCausalLM:
     """Trains the teacher in float32 on fresh problems of the train split; prints the losses every 20 steps.
 
-    A loss is the mean over response tokens, in nats, plus the router's balance loss, 0.02 when the experts share alike.
+    A loss is the mean over response tokens, in nats, plus the router's balance loss, 0.02 when experts share equally.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)

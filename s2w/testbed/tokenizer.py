@@ -1,4 +1,4 @@
-"""A tokenizer of characters with Qwen3's markers and chat template.
+"""A character tokenizer with Qwen3's markers and chat template.
 
 Digits, operators and white space are one token each; so are Qwen3's markers and the role names, to keep prompts short.
 """
