@@ -1,7 +1,7 @@
 """Numeric proof of a swap: log-probs of fixed tokens from an engine against those of the learner's model.
 
 A swap can go wrong without an error (weights that a kernel keeps in a packed copy, a name that no loader takes), so
-what the engine computes is compared, not what it was told.
+what the engine computes is compared, not what it was sent.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 PROBE_PRIORITY = -1
-"""Before that of other requests, 0, in engines that schedule by priority."""
+"""Ahead of other requests' 0, in engines that schedule by priority."""
 TOKENS = 256
-"""Of a probe, at most."""
+"""Most tokens of a probe."""
 STALE = 0.1
-"""An engine this much nearer to the old weights than the update moved them has not taken the update."""
+"""An engine that has moved by less than this part of the update has not taken it."""
 JUMP, PART = 3.0, 0.05
 """A median difference JUMP times as large as any before, and a mean of this part of the update, is not rounding."""
 LACK, SIGMAS = 0.01, 6.0
-"""Nor is a lack of this part of the update, by so many standard errors."""
+"""Nor is a lack of this part of the update, by this many standard errors."""
 FLOOR = 1e-3
-"""Of the tolerance: rounding is taken to be at least that."""
+"""Part of the tolerance: rounding is taken to be at least that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,14 @@ async def engine_log_probs(llm: AsyncLLM, token_ids: np.ndarray) -> np.ndarray:
     """Log-probs that the engine gives tokens 1 to n-1 of ``token_ids`` (int32 [n]), each after those before it.
 
     Returns:
-        float32 [n-1], in nats. Computed afresh: vLLM does not read its prefix cache for prompt log-probs.
+        float32 [n-1], in nats. Always computed: vLLM does not read its prefix cache for prompt log-probs.
     """
     return await (await EngineProbe.enqueue(llm, token_ids)).result()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineProbe:
-    """A probe that waits in an engine, before all requests that are not running yet."""
+    """A probe that waits in an engine, ahead of all requests that are not running yet."""
 
     token_ids: list[int]
     output: RequestOutputCollector
@@ -83,7 +83,7 @@ class EngineProbe:
         return cls(ids, await llm.add_request(f"probe-{uuid4()}", request, parameters, priority=PROBE_PRIORITY))  # type: ignore[arg-type]
 
     async def result(self) -> np.ndarray:
-        """As of :func:`engine_log_probs`."""
+        """As in :func:`engine_log_probs`."""
         output: Any = await self.output.get()
         values = [output.prompt_logprobs[i][token].logprob for i, token in enumerate(self.token_ids) if i]
         return np.array(values, dtype=np.float32)
@@ -93,7 +93,7 @@ class EngineProbe:
 def model_log_probs(model: PreTrainedModel, token_ids: np.ndarray, chunk_rows: int = 256) -> np.ndarray:
     """The same from a transformers model; under ZeRO-3 every rank must call it.
 
-    Logits are made for ``chunk_rows`` positions at a time, so [n, V] in float32 is never whole.
+    Logits are computed for ``chunk_rows`` positions at a time, so [n, V] in float32 never exists.
 
     Returns:
         float32 [n-1], in nats.
@@ -121,10 +121,10 @@ def compare(
     """Compares the two, both float32 [n-1].
 
     In bfloat16 the tolerance must allow for rounding of the size of an update, so an engine with some of the old
-    weights is told from rounding in two ways: its difference is far larger than at any swap before (JUMP, PART), or
-    it falls short of the learner in the direction of the update, where rounding goes either way and averages out
-    over the tokens (LACK, SIGMAS). With 256 tokens the second needs a lack of about 0.4 of the rounding at a token;
-    a weight that is never taken falls behind by more at every swap.
+    weights is told apart from rounding in two ways: its difference is far larger than at any earlier swap (JUMP,
+    PART), or it falls short of the learner in the direction of the update, where rounding goes either way and
+    averages out over the tokens (LACK, SIGMAS). With 256 tokens the second needs a lack of about 0.4 of
+    the rounding at a token; a weight that is never taken falls behind by more at every swap.
 
     Measured in bfloat16 over 255 tokens, another attention kernel of transformers in the engine's place. A model of
     2 layers, six updates that moved the log-probs by 0.97 to 0.16 nats: good swaps differ by 0.4 to 0.7 times the
@@ -136,10 +136,10 @@ def compare(
 
     Args:
         previous: the learner's log-probs before this update. An update may move them by less than ``tolerance``; an
-            engine that still gives the old ones, or that has not taken all of the update, is found out all the same.
+            engine that still gives the old ones, or has not taken all of the update, is found all the same.
         usual: the largest median |difference| of the run's earlier swaps, which is what rounding makes; infinite if
             there was none.
-        name: of the engine, for the error's text.
+        name: the engine's, for the error message.
         tolerance: largest allowed mean |difference|, in nats.
 
     Raises:

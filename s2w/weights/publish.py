@@ -32,10 +32,10 @@ class WeightSource(Protocol):
     first rank that fails, without waiting for the others."""
 
     async def prepare_weights(self, workers: dict[int, int]) -> Update:
-        """Does what can be done while the engines generate; ``workers`` as of ``Transfer.prepare``."""
+        """Does what can be done while the engines generate; ``workers`` as in ``Transfer.prepare``."""
 
     async def connect_weights(self) -> None:
-        """Meets the engines, which connect at the same time."""
+        """Connects to the engines, which connect at the same time."""
 
     async def send_weights(self) -> None:
         """Sends the weights; the engines receive at the same time."""
@@ -74,9 +74,9 @@ class EngineWeights:
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(info))
 
     async def pause(self) -> None:
-        """Stops scheduling; running requests stay and go on after :meth:`resume`.
+        """Stops scheduling; running requests stay and continue after :meth:`resume`.
 
-        Their KV cache is dropped and computed again from the new weights, so a token never mixes two versions, and
+        Their KV cache is dropped and recomputed from the new weights, so a token never mixes two versions, and
         no later request finds a prefix that the old weights computed.
         """
         await self.llm.pause_generation(mode="keep", clear_cache=True)
@@ -101,19 +101,19 @@ class EngineWeights:
             raise
 
     async def finish(self, version: int, probe_ids: np.ndarray | None) -> None:
-        """Makes the loaded weights policy ``version``: tokens sampled from here on carry it.
+        """Makes the loaded weights policy ``version``: tokens sampled from now on are marked with it.
 
         Args:
             probe_ids: tokens of a probe, which is the first request that the new weights compute.
         """
         await self.llm.finish_weight_update(weight_version=str(version))
         if probe_ids is not None:
-            # Now, since the paused engine has taken all requests off its slots: once it runs they may be full of
-            # responses for minutes.
+            # Now, because pausing has freed all of the engine's slots: once it runs they may be full of responses for
+            # minutes.
             self._probe = await EngineProbe.enqueue(self.llm, probe_ids)
 
     async def resume(self) -> None:
-        """Lets requests go on."""
+        """Lets requests continue."""
         await self.llm.resume_generation()
 
     async def probed(self) -> np.ndarray:
@@ -128,11 +128,11 @@ class SwapReport:
 
     version: int
     bytes: int
-    """Of the model in the engines' dtype; each engine reads them once."""
+    """Bytes of the model in the engines' dtype; each engine reads them once."""
     gather_ms: float
     """Before the engines stopped: gathering and, over shared memory, writing."""
     pause_ms: float
-    """From the request to stop to the last engine's return to work."""
+    """From the request to pause until the last engine has resumed."""
     load_ms: float
     """The part of ``pause_ms`` in which weights moved into the engines."""
     total_ms: float
@@ -143,8 +143,8 @@ class SwapError(RuntimeError):
 
     Attributes:
         engines: the errors by engine number. Such an engine has unknown weights or does not answer: it stays paused
-            until a later swap succeeds in it or it is replaced. All others are at work, with the old version if the
-            swap had not come to loading, else with the new one.
+            until a later swap succeeds in it or it is replaced. All others are running, with the old version if the
+            swap had not reached loading, else with the new one.
     """
 
     def __init__(self, version: int, step: str, engines: dict[int, BaseException]) -> None:
@@ -165,16 +165,15 @@ async def publish(
     """Puts the learner's weights into every engine as policy ``version``.
 
     Args:
-        engines: by number. An engine that replaces another has a number of its own: by the number it is seen that it
-            must connect.
-        probe_ids: int32 [n], tokens whose log-probs each engine computes before any other request; to be had from
+        engines: by number. An engine that replaces another has a new number, which shows that it must connect.
+        probe_ids: int32 [n], tokens whose log-probs each engine computes before any other request; see
             :meth:`EngineWeights.probed`.
-        timeout_s: of each step; a peer that died inside a broadcast shows in no other way.
+        timeout_s: of each step; a peer that died inside a broadcast is noticed in no other way.
 
     Raises:
         SwapError: engines failed; its text says which and why.
         TimeoutError: the learner did not answer in time.
-        Exception: the learner's own. If weights were already on their way the engines stay paused.
+        Exception: the learner's own. If weights were already being sent, the engines stay paused.
     """
     workers = {number: engine.workers for number, engine in engines.items()}
     began = time.perf_counter()
@@ -227,7 +226,7 @@ async def publish(
 
 
 async def _each(engines: Iterable[int], work: Callable[[int], Awaitable[None]]) -> dict[int, BaseException]:
-    """Does ``work`` for all engines at once, to the end of each; returns the errors by engine number."""
+    """Does ``work`` for all engines at once and waits for all; returns the errors by engine number."""
     engines = list(engines)
     results = await asyncio.gather(*(work(engine) for engine in engines), return_exceptions=True)
     return {engine: r for engine, r in zip(engines, results, strict=True) if isinstance(r, BaseException)}

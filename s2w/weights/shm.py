@@ -1,4 +1,4 @@
-"""Weights in shared memory: the segment that carries them on one node, and its registration as a vLLM backend."""
+"""Weights in shared memory: the segment that holds them on one node, and its registration as a vLLM backend."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Segment:
     """
 
     def __init__(self, tensors: Sequence[CheckpointTensor]) -> None:
-        """Takes the memory for ``tensors``.
+        """Allocates the memory for ``tensors``.
 
         Raises:
             OSError: not enough memory.
@@ -51,14 +51,14 @@ class Segment:
         self.info: SegmentInfo = {"path": f"/proc/{os.getpid()}/fd/{self._file.fileno()}", "tensors": layout}
 
     def write(self, stream: CheckpointStream) -> None:
-        """Writes one pass of ``stream``, cast on the way, over what was there. No reader may be at work."""
+        """Writes one pass of ``stream``, cast on the way, over what was there. No reader may be active."""
         for (_, target), (_, value) in zip(_views(self._memory, self.info), stream, strict=True):
             target.copy_(value)
 
 
 def read_segment(info: SegmentInfo) -> Iterator[tuple[str, torch.Tensor]]:
-    """``(name, tensor)``: views of a private mapping that lasts until the last of them is gone. Where they were not
-    written to they show what is written to the segment later.
+    """``(name, tensor)``: views of a private mapping that lasts until the last of them is gone. Where they have not
+    been written to, they show what is written to the segment later.
 
     Raises:
         FileNotFoundError: the segment is gone or belongs to another node.

@@ -1,4 +1,4 @@
-"""The worker's side of the shared-memory backend: reads a segment and reloads vLLM's model on CPU.
+"""The worker side of the shared-memory backend: reads a segment and reloads vLLM's model on CPU.
 
 vLLM's layerwise reload is the base. On CPU it is not enough: kernels work on packed copies of the weights, and two
 kinds of copies are left stale, without an error. Both are repaired here.
@@ -52,10 +52,10 @@ class SharedMemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None: ...
 
     def start_weight_update(self) -> None:
-        # A tied head shares the embedding's parameter but has a packed copy of its own. Noted now, because the
-        # reload takes the sharing apart while it runs.
+        # A tied head shares the embedding's parameter but has its own packed copy. Noted now, because the
+        # reload breaks the sharing while it runs.
         self._tied_heads = tied_heads(self.model)
-        # With a kernel in place vLLM takes the call for an in-place update and does not pack the experts again.
+        # With a kernel in place vLLM assumes an in-place update and does not repack the experts.
         self._moe_kernels: list[tuple[Any, Any]] = []
         for module in self.model.modules():
             method: Any = getattr(module, "quant_method", None)
@@ -65,7 +65,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class also synchronises an accelerator, and there is none.
+        # The base class also synchronises an accelerator, which there is none of.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -73,7 +73,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
         Raises:
             RuntimeError: weights are missing or do not fit; the model is then a mixture of old and new until the
-                next complete update. The last worker raises, in the name of all.
+                next complete update. The last worker raises for all of them.
         """
         error = None
         try:
@@ -82,8 +82,8 @@ class SharedMemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 error = f"the update misses weights of {', '.join(missing[:8])} ({len(missing)} layers)"
         except Exception as exception:
             error = f"{type(exception).__name__}: {exception}"
-        # One raising worker, and the last one: vLLM's multiprocess executor stops reading answers at the first
-        # failure, so an answer of a worker behind it would be taken for that of the next call.
+        # Only one worker raises, the last one: vLLM's multiprocess executor stops reading answers at the first
+        # failure, so an answer of a later worker would be taken for that of the next call.
         world = get_world_group()
         errors: list[str | None] = [None] * world.world_size
         torch.distributed.all_gather_object(errors, error, group=world.cpu_group)
@@ -103,12 +103,12 @@ class SharedMemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         for head in self._tied_heads:
             cast(Any, head).quant_method.process_weights_after_loading(head)
         for method, kernel in self._moe_kernels:
-            # Only where an update failed before it came to this layer.
+            # Only where an update failed before it reached this layer.
             if method.moe_kernel is None:
                 method.moe_kernel = kernel
 
     def _incomplete_layers(self) -> list[str]:
-        """Names of layers of which not every element was in the update."""
+        """Names of layers with elements that were missing from the update."""
         incomplete = []
         for name, module in self.model.named_modules():
             info = get_layerwise_info(module)
@@ -120,7 +120,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return incomplete
 
     def _discard_partial_layers(self) -> None:
-        """Lets such layers keep their old weights: else the missing part would be uninitialised memory."""
+        """Makes such layers keep their old weights: the missing part would otherwise be uninitialised memory."""
         for module in self.model.modules():
             info = get_layerwise_info(module)
             if info.can_load():

@@ -1,7 +1,7 @@
 """The learner's parameters as a stream of checkpoint tensors, one parameter at a time.
 
-transformers 5 fuses parameters when it loads (the experts of a layer become ``experts.gate_up_proj`` and
-``experts.down_proj``) and takes them apart when it saves. vLLM loads checkpoints, so a swap uses the same reversal,
+transformers 5 fuses parameters on loading (the experts of a layer become ``experts.gate_up_proj`` and
+``experts.down_proj``) and splits them on saving. vLLM loads checkpoints, so a swap uses the same reversal,
 :func:`transformers.core_model_loading.revert_weight_conversion`, which knows every architecture of the library.
 """
 
@@ -31,17 +31,17 @@ class CheckpointTensor:
 class CheckpointStream:
     """The model's weights under their checkpoint names, in the dtype of the engines.
 
-    Has the two channels of vLLM's ``WeightSource`` (``metadata`` and iteration) without importing vLLM.
+    Has both parts of vLLM's ``WeightSource`` interface (``metadata`` and iteration) without importing vLLM.
     A tied ``lm_head`` is one parameter, hence listed once, under the embedding's name. Buffers are not listed.
 
     Args:
         model: the transformers model itself, not a wrapper; gives names and full shapes (also under ZeRO-3).
         parameters: starts a new pass over ``(name, full tensor)`` of ``model.named_parameters()``, in that order.
-            Gathering may be collective, so every rank must run each pass to its end.
-        dtype: of the engines' weights; floating-point tensors are cast to it, others are sent as they are.
+            Gathering may be collective, so every rank must finish each pass.
+        dtype: the engines'; floating-point tensors are cast to it, others are sent as they are.
 
     Raises:
-        ValueError: a parameter has no checkpoint form of its own (several are merged into one when saved).
+        ValueError: a parameter has no checkpoint form by itself (several are merged into one on saving).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CheckpointStream:
         self.model, self.parameters, self.dtype = model, parameters, dtype
         # On the meta device: what the whole model becomes, and what each parameter becomes by itself.
         full = {
-            # Under ZeRO-3 a parameter's own shape is (0,); DeepSpeed keeps the full one beside it.
+            # Under ZeRO-3 a parameter's own shape is (0,); DeepSpeed keeps the full one next to it.
             name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
             for name, parameter in model.named_parameters()
         }
@@ -72,7 +72,7 @@ class CheckpointStream:
             raise ValueError(f"no parameter of {type(model).__name__} gives the checkpoint's {sorted(missing)[:8]}")
 
     def metadata(self) -> list[CheckpointTensor]:
-        """What iteration yields, in order; gathers nothing."""
+        """What iteration yields, in order; gathers no weights."""
         return [tensor for parts in self._parts.values() for tensor in parts]
 
     @property

@@ -1,7 +1,7 @@
 """The learner's side of a swap: how each rank takes part in moving the weights to the engines.
 
 Every learner rank holds one :class:`Transfer`; :func:`s2w.weights.publish.publish` calls the same method on all ranks,
-because gathering sharded weights is collective. Rank 0 alone sends.
+because gathering sharded weights is collective. Only rank 0 sends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
 
 BUCKET_BYTES = 1 << 28
-"""Bytes that are broadcast at once; two buckets are in flight. A parameter larger than this is a bucket of its own."""
+"""Bytes that are broadcast at once; two buckets are in flight. A parameter larger than this has its own bucket."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Transfer(ABC):
 
     Args:
         stream: the weights.
-        rank: of this process among the learner's ranks.
+        rank: this process's among the learner's ranks.
     """
 
     backend: str
@@ -55,7 +55,7 @@ class Transfer(ABC):
 
     @abstractmethod
     def connect(self) -> None:
-        """Meets the engines; they connect at the same time."""
+        """Connects to the engines; they connect at the same time."""
 
     @abstractmethod
     def send(self) -> None:
@@ -66,7 +66,7 @@ class SharedMemoryTransfer(Transfer):
     """CPU: the weights are written to memory that the engines of the same node map.
 
     Gathering and writing come before the engines stop. One copy of the weights, in the engines' dtype, stays from the
-    first swap on: to take new memory for each would cost several times the copy.
+    first swap on: allocating new memory for each would cost several times as much as the copy.
     """
 
     backend = shm.BACKEND
@@ -90,17 +90,17 @@ class NcclTransfer(Transfer):
     """GPU: broadcast from rank 0 to every worker of every engine, by vLLM's own NCCL backend.
 
     Not run on a GPU yet. Weights are gathered parameter by parameter while they are broadcast in buckets, so no
-    rank holds the whole model; the engines are paused for that long. vLLM's engine side does not notice a weight
-    that is missing: the probe after the swap does. Learner and engines have GPUs of their own; vLLM's CUDA IPC
+    rank holds the whole model; the engines are paused for that long. vLLM's engine side does not notice a missing
+    weight: the probe after the swap does. Learner and engines have their own GPUs; vLLM's CUDA IPC
     backend, for a layout where they share them, is not used.
     """
 
     backend = "nccl"
     _engine: NCCLTrainerWeightTransferEngine | None = None
     _connected: dict[int, int] | None = None
-    """Engines that the communicator spans; None until it has carried a swap."""
+    """Engines that the communicator spans; None until a swap over it has succeeded."""
     _workers: dict[int, int] | None = None
-    """Engines of the swap under way."""
+    """Engines of the swap in progress."""
     _address: tuple[str, int] | None = None
 
     def prepare(self, workers: dict[int, int]) -> Update | None:
@@ -151,7 +151,7 @@ class NcclTransfer(Transfer):
         self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
             NCCLTrainerInitInfo(address, port, 1 + sum(self._workers.values()), True, BUCKET_BYTES, rank=0),
             client=_NoClient(),
-            source=cast(Any, self.stream),  # Has the two channels of vLLM's WeightSource.
+            source=cast(Any, self.stream),  # Has both parts of vLLM's WeightSource interface.
         )
 
     def send(self) -> None:
@@ -159,8 +159,8 @@ class NcclTransfer(Transfer):
             self.stream.drain()
             return
         assert self._engine is not None
-        # A meeting that failed on either side, and a broken broadcast, leave a communicator that is of no use: the next
-        # swap makes another.
+        # A connection that failed on either side, or a broken broadcast, leaves a useless communicator: the next swap
+        # makes another.
         self._connected = None
         self._engine.send_weights()
         self._connected = self._workers
