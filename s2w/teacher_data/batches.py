@@ -1,4 +1,4 @@
-"""Which of the teacher's responses are held out, and in which order the others are learned."""
+"""Which of the teacher's responses are held out, and in which order the others are trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from s2w.teacher_data.response import Response
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Responses to learn from, and held-out ones to other prompts."""
+    """Responses to train on, and held-out ones to other prompts."""
 
     train: list[Response]
     heldout: list[Response]
@@ -27,7 +27,7 @@ def split(responses: Sequence[Response], heldout: int, seed: int) -> Split:
     """Holds out all responses to randomly chosen prompts, until there are ``heldout``; both parts keep the order.
 
     Raises:
-        ConfigError: nothing would be left to learn from.
+        ConfigError: nothing would be left to train on.
     """
     prompts = [json.dumps(response.prompt.messages) for response in responses]
     counts = Counter(prompts)
@@ -50,7 +50,7 @@ def split(responses: Sequence[Response], heldout: int, seed: int) -> Split:
 
 
 class ResponseStream:
-    """Batches by number: every epoch is its own permutation, each response in it once; a batch may span two."""
+    """Batches by number: every epoch is its own permutation, with each response once; a batch may span two."""
 
     def __init__(self, responses: Sequence[Response], size: int, seed: int) -> None:
         self.responses, self.size, self.seed = responses, size, seed

@@ -1,4 +1,4 @@
-"""The responses that the student learns: generated, or read from a file, then filtered; and what was dropped."""
+"""The responses that the student trains on: generated, or read from a file, then filtered; and what was dropped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TeacherResponses:
     """The teacher's responses of a run, collected when they are first asked for: a resumed run may not need them.
 
     Args:
-        directory, device, progress: as of :func:`collect`.
+        directory, device, progress: as in :func:`collect`.
     """
 
     def __init__(self, config: Config, models: ModelPair, device: str, directory: Path, progress: Progress) -> None:
@@ -37,10 +37,10 @@ class TeacherResponses:
         self._split: Split | None = None
 
     async def split(self) -> Split:
-        """Those to learn from and the held-out ones.
+        """Those to train on and the held-out ones.
 
         Raises:
-            ConfigError: as of :func:`collect` and :func:`~s2w.teacher_data.batches.split`.
+            ConfigError: as in :func:`collect` and :func:`~s2w.teacher_data.batches.split`.
         """
         if self._split is None:
             heldout = self._config.off_policy.heldout_responses
@@ -48,19 +48,19 @@ class TeacherResponses:
         return self._split
 
     async def filtered(self) -> Filtered:
-        """All of them, with the filter that dropped each that was dropped."""
+        """All of them; dropped ones with the filter that dropped them."""
         if self._filtered is None:
             self._filtered = await collect(self._config, self._models, self._device, self._directory, self._progress)
         return self._filtered
 
 
 async def collect(config: Config, models: ModelPair, device: str, directory: Path, progress: Progress) -> Filtered:
-    """The responses, and what the filters made of them; those that are missing are generated first.
+    """The responses, as kept and dropped by the filters; missing ones are generated first.
 
     Writes the shards, ``filters.json`` and ``dropped.parquet`` (with the column ``reason``) into ``directory``.
 
     Args:
-        device: of the engines, cuda or cpu.
+        device: the engines', cuda or cpu.
 
     Raises:
         ConfigError: the dataset cannot be read, or nothing passes the filters; the message shows the table.
@@ -88,7 +88,7 @@ async def collect(config: Config, models: ModelPair, device: str, directory: Pat
 
 
 async def _filter(config: Config, models: ModelPair, responses: list[Response]) -> Filtered:
-    """Filters in a thread; if this is cancelled, the end of the verifier is the end of the thread."""
+    """Filters in a thread; if this is cancelled, closing the verifier ends the thread."""
     filters = config.off_policy.filters
     with ExitStack() as stack:
         verifies = filters.verified and any(response.prompt.task for response in responses)

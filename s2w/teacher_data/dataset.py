@@ -1,7 +1,7 @@
-"""Ready responses from a file: rendered as prompts of their mode, tokenised once.
+"""Existing responses from a file: rendered as prompts of their mode, tokenised once.
 
 Shards that ``s2w generate`` wrote with the same vocabulary keep their response tokens: decoding and tokenising again
-need not give them back.
+need not restore them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from s2w.teacher_data.shards import VOCABULARY, provenance_of, response_files, v
 
 TOKENS = "response_token_ids"
 FINISH_REASONS = ("stop", "length", "abort", "error")
-"""vLLM's. Only ``stop`` is the end of a whole response."""
+"""vLLM's. Only ``stop`` ends a complete response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class _Example:
 
 
 def read_dataset(config: Config, models: ModelPair) -> list[Response]:
-    """The responses in ``off_policy.path``, each a training example. Those without tokens of their own end with the
-    teacher's first end-of-sequence token, unless their ``finish_reason`` is another than ``stop``.
+    """The responses in ``off_policy.path``, each a training example. Those without stored tokens end with the
+    teacher's first end-of-sequence token, unless their ``finish_reason`` is other than ``stop``.
 
     A row's mode is its column ``mode``, else the soft switch in its messages, else whether its response thinks.
 
@@ -99,7 +99,7 @@ def _examples(path: Path, config: Config, models: ModelPair) -> Iterator[_Exampl
 
 
 def _response_ids(example: _Example, encoded: np.ndarray, eos_token_ids: Sequence[int]) -> np.ndarray:
-    """int32 [n]: its own tokens, else those of its text, with the end of a whole response."""
+    """int32 [n]: its stored tokens, else those of its text, plus the end-of-sequence token if it is complete."""
     if example.token_ids is not None:
         return example.token_ids
     if example.finish_reason != "stop":
@@ -108,7 +108,7 @@ def _response_ids(example: _Example, encoded: np.ndarray, eos_token_ids: Sequenc
 
 
 def _mode_of(text: str, modes: Sequence[Mode]) -> Mode:
-    """Whether a response thinks; the only mode of a template that has one."""
+    """Mode of a response, by whether it thinks; a template's only mode if it has just one."""
     mode: Mode = "think" if split_thinking(text, "think").thought else "no_think"
     return mode if mode in modes else modes[0]
 
@@ -134,7 +134,7 @@ def _own_tokens(where: str, row: Row, vocab_size: int) -> np.ndarray | None:
 
 
 def _without_prefix(text: str, mode: Mode, opened: bool) -> str:
-    """The response as it follows a rendered prompt, which may already hold the start of the think block."""
+    """The response as it follows a rendered prompt, which may already contain the start of the think block."""
     if mode == "no_think":
         return text.removeprefix(EMPTY_THINK_BLOCK)
     if opened and text.lstrip().startswith(THINK_OPEN):

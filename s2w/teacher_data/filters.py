@@ -1,11 +1,11 @@
-"""Which of the teacher's responses are worth learning, and the table of those that are not.
+"""Which of the teacher's responses are worth training on, and the table of those that are not.
 
-The filters run in a fixed order, from cheap to dear, and a response is counted by the first one that drops it:
+The filters run in a fixed order, cheapest first, and a response is counted by the first one that drops it:
 
-1. ``truncated``: cut off, at the token limit or by an engine that gave it up;
+1. ``truncated``: cut off, at the token limit or by an engine that aborted it;
 2. ``format``: think block left open, or a response that does not keep to its mode;
 3. ``length``: response too short or too long, or prompt too long;
-4. ``loop``: the same n-gram again and again;
+4. ``loop``: the same n-gram over and over;
 5. ``language``: Chinese, Japanese or Korean characters that the prompt gave no reason for;
 6. ``duplicate``: an earlier response to the same prompt in the same mode, token for token;
 7. ``wrong``: an answer that the verifier of the prompt's task does not score 1.
@@ -36,10 +36,10 @@ class Filtered:
 
     kept: list[Response]
     dropped: list[tuple[Response, str]]
-    """With the name of the filter."""
+    """Each with the name of the filter."""
 
     def table(self) -> dict[str, Any]:
-        """``filters.json``: responses and, by filter, dropped ones and their share; by mode what was kept."""
+        """``filters.json``: number of responses; by filter, number and share dropped; by mode, number kept."""
         counts = Counter(reason for _, reason in self.dropped)
         total = len(self.kept) + len(self.dropped)
         return {
@@ -101,17 +101,17 @@ def apply_filters(
 
 
 def is_truncated(response: Response) -> bool:
-    """The response did not come to its end: it ran into the token limit, or its request was aborted."""
+    """Whether the response is incomplete: it ran into the token limit, or its request was aborted."""
     return response.finish_reason != "stop"
 
 
 def breaks_format(response: Response, opened: bool) -> bool:
-    """The think block is open, or it is empty or not against the prompt's mode."""
+    """Whether the think block is open, or empty in think mode, or not empty in no_think mode."""
     return not adheres(response.parse(opened=opened), response.prompt.mode)
 
 
 def mixes_languages(response: Response, cjk_share: float) -> bool:
-    """More than ``cjk_share`` of the response's characters, white space aside, is CJK and nothing of the prompt is."""
+    """Whether more than ``cjk_share`` of the response's non-space characters is CJK, and none of the prompt's."""
     characters = "".join(response.text.split())
     if not characters or len(CJK.findall(characters)) <= cjk_share * len(characters):
         return False
@@ -119,7 +119,7 @@ def mixes_languages(response: Response, cjk_share: float) -> bool:
 
 
 def is_duplicate(response: Response, seen: set[tuple[Any, ...]]) -> bool:
-    """An earlier call with the same ``seen`` had the same prompt, mode and response tokens."""
+    """Whether an earlier call with the same ``seen`` had the same prompt, mode and response tokens."""
     identity = (response.prompt.token_ids.tobytes(), response.prompt.mode, response.token_ids.tobytes())
     if identity in seen:
         return True
@@ -128,7 +128,7 @@ def is_duplicate(response: Response, seen: set[tuple[Any, ...]]) -> bool:
 
 
 def is_wrong(response: Response, opened: bool, verifier: VerifierProcess | None) -> bool:
-    """The prompt has a task and its verifier does not score the answer 1."""
+    """Whether the prompt has a task whose verifier does not score the answer 1."""
     if not response.prompt.task:
         return False
     assert verifier is not None

@@ -1,7 +1,7 @@
-"""The teacher answers: vLLM engines with its checkpoint write responses into Parquet shards.
+"""The teacher answers: vLLM engines with its checkpoint generate responses into Parquet shards.
 
-A response is known by prompt uid, mode and sample; those that a shard already holds are not written again, so an
-interrupted generation continues where it stopped.
+A response is identified by prompt uid, mode and sample; those that a shard already holds are not generated again, so
+an interrupted generation continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from s2w.teacher_data.shards import VOCABULARY, ShardStore, vocabulary_hash
 
 
 def teacher_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The training prompts, each in every mode of the run; one that says its own mode is there in that mode only."""
+    """The training prompts, each in every mode of the run; one that names its own mode only in that mode."""
     modes: list[Mode] = list(config.data.modes) or list(supported_modes(tokenizer))
     by_mode = [build_prompts(config.data, tokenizer, config.run.seed, [mode])[0] for mode in modes]
     count = config.off_policy.prompts
@@ -64,7 +64,7 @@ def open_store(config: Config, models: ModelPair, directory: Path) -> ShardStore
 
 
 def engine_settings(config: Config) -> RolloutConfig:
-    """The pool of engines that run the teacher as a writer."""
+    """Settings of the pool of engines that generate with the teacher."""
     teacher, off = config.teacher, config.off_policy
     return RolloutConfig(
         engines=off.engines or teacher.replicas,
@@ -89,9 +89,9 @@ def engine_settings(config: Config) -> RolloutConfig:
 async def generate(
     config: Config, models: ModelPair, prompts: list[Prompt], store: ShardStore, device: str, progress: Progress
 ) -> None:
-    """Writes the responses that ``store`` lacks; starts the teacher's engines only if it lacks any, and ends them.
+    """Generates the responses that ``store`` lacks; starts the teacher's engines only if it lacks any, and ends them.
 
-    Interrupted, it writes what is finished first.
+    If interrupted, it first writes what is finished.
     """
     off = config.off_policy
     there = store.keys()
@@ -154,13 +154,13 @@ class ShardWriter:
         self.began = time.monotonic()
 
     def add(self, rollout: Rollout) -> None:
-        """Takes one rollout; it is safe once its shard is full or :meth:`flush` was called."""
+        """Adds one rollout; it is on disk once its shard is full or :meth:`flush` was called."""
         self.finished.append(rollout)
         if len(self.finished) == self.shard_responses:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is there, if anything is."""
+        """Writes the pending rollouts, if there are any."""
         if not self.finished:
             return
         texts = self.tokenizer.batch_decode([r.token_ids.tolist() for r in self.finished], skip_special_tokens=True)
@@ -178,7 +178,7 @@ class ShardWriter:
 
 
 async def write(pool: RolloutPool, requests: Sequence[Request], at_once: int, writer: ShardWriter) -> None:
-    """Generates the responses, ``at_once`` at a time; whatever ends it, all that are finished are written."""
+    """Generates the responses, ``at_once`` at a time; however it ends, all finished ones are written."""
     try:
         await each(requests, pool.generate, at_once=at_once, done=lambda _, rollout: writer.add(rollout))
     finally:

@@ -1,4 +1,4 @@
-"""A response of the teacher to a prompt: what the off-policy phase generates, filters and learns."""
+"""A response of the teacher to a prompt: what the off-policy phase generates, filters and trains on."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Response:
     text: str
     """Decoded without special tokens; think tags stay, which in Qwen3 are not special."""
     finish_reason: str
-    """vLLM's own: ``stop``, or what cut the response off (``length``; in ready datasets also ``abort``, ``error``)."""
+    """As vLLM reports it: ``stop``, or what cut it off (``length``; in existing datasets also ``abort``, ``error``)."""
 
     @property
     def key(self) -> Key:
-        """What a response is known by: prompt uid, mode, sample."""
+        """What identifies a response: prompt uid, mode, sample."""
         return self.prompt.uid, self.prompt.mode, self.sample
 
     def parse(self, *, opened: bool) -> ParsedResponse:
-        """Its thinking and its answer; ``opened`` as of :func:`s2w.models.modes.split_thinking`."""
+        """Its thinking and its answer; ``opened`` as in :func:`s2w.models.modes.split_thinking`."""
         return split_thinking(self.text, self.prompt.mode, opened=opened)
 
     def as_rollout(self) -> Rollout:
-        """What the teacher pool scores and the learner trains on; no policy version wrote it."""
+        """What the teacher pool scores and the learner trains on; no policy version sampled it."""
         return Rollout(
             prompt=self.prompt,
             sample=self.sample,

@@ -1,8 +1,8 @@
-"""The teacher's responses on disk: Parquet shards with their provenance, each written whole or not at all.
+"""The teacher's responses on disk: Parquet shards with their provenance, each written completely or not at all.
 
 Columns: ``uid``, ``mode`` and ``sample``; ``task``, ``answer`` and ``metadata`` (JSON) for the verifier; ``prompt``
 (messages: role and content) and ``response`` (text); ``prompt_token_ids`` and ``response_token_ids`` (int32);
-``finish_reason``. The file metadata holds the provenance as JSON under ``s2w``. A shard is a ready dataset too
+``finish_reason``. The file metadata holds the provenance as JSON under ``s2w``. A shard can also be used as a dataset
 (``off_policy.path``, :mod:`s2w.teacher_data.dataset`).
 """
 
@@ -40,10 +40,10 @@ SCHEMA = pa.schema(
 )
 METADATA_KEY = b"s2w"
 VOCABULARY = "vocabulary_sha256"
-"""Name of :func:`vocabulary_hash` in the provenance: token ids mean something to this vocabulary only."""
+"""Name of :func:`vocabulary_hash` in the provenance: token ids have a meaning only in this vocabulary."""
 SHARDS = "shard-*.parquet"
 DROPPED = "dropped.parquet"
-"""What the filters of a generation dropped; no part of a dataset."""
+"""What the filters of a generation dropped; not part of a dataset."""
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -68,7 +68,7 @@ def response_files(path: Path) -> list[Path]:
 
 
 def provenance_of(path: Path) -> dict[str, Any]:
-    """What a Parquet file says of its origin; empty if s2w has not written it."""
+    """What a Parquet file says about its origin; empty if s2w did not write it."""
     metadata = pq.read_schema(path).metadata or {}
     return json.loads(metadata.get(METADATA_KEY, b"{}"))
 
@@ -77,11 +77,11 @@ class ShardStore:
     """The shards of one generation.
 
     Args:
-        directory: made if missing.
-        provenance: JSON values: what the responses depend on.
+        directory: created if missing.
+        provenance: JSON values that the responses depend on.
 
     Raises:
-        ConfigError: the directory holds responses of another provenance.
+        ConfigError: the directory holds responses with another provenance.
     """
 
     def __init__(self, directory: Path, provenance: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class ShardStore:
                 )
 
     def keys(self) -> set[Key]:
-        """Of all responses that are there."""
+        """Keys of all responses that are there."""
         found: set[Key] = set()
         for path in self._paths():
             columns = pq.read_table(path, columns=["uid", "mode", "sample"]).to_pydict()
@@ -116,7 +116,7 @@ class ShardStore:
         return path
 
     def read(self, prompts: Iterable[Prompt], samples: int) -> list[Response]:
-        """The first ``samples`` responses to each of ``prompts``, in that order, however they were written."""
+        """The first ``samples`` responses to each of ``prompts``, in that order, however they are stored."""
         by_key = {(prompt.uid, prompt.mode): (i, prompt) for i, prompt in enumerate(prompts)}
         found: list[tuple[int, Response]] = []
         columns = ["uid", "mode", "sample", "response", "response_token_ids", "finish_reason"]
