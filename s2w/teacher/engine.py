@@ -43,12 +43,12 @@ class TeacherEngine:
 
     Args:
         config: The teacher's settings.
-        index: Of this replica in its pool.
+        index: This replica's number in its pool.
         device: ``cuda`` or ``cpu``.
-        dtype: ``bfloat16``, ``float16`` or ``float32``: of weights, products and hidden rows.
+        dtype: ``bfloat16``, ``float16`` or ``float32``: of weights, matrix products and hidden states.
         max_model_len: Longest prompt plus response, in tokens.
-        vocab_size: Ids that teacher and student share; rows of the head from here on are padding, over which nothing is
-            normalised.
+        vocab_size: Ids that teacher and student share; rows of the head from there on are padding, and left out of the
+            normalisation.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TeacherEngine:
         """Loads the model; returns ``architecture``, ``hidden_size`` and ``dtype``."""
         config = self._config
         world = config.tensor_parallel * config.pipeline_parallel
-        # The workers are this actor's children: Ray has no part in placing them.
+        # The workers are this actor's children: Ray does not place them.
         options: dict[str, Any] = {"distributed_executor_backend": "mp" if world > 1 else "uni"}
         options |= prepare_process(self._device, world, config.threads, config.kv_cache_gib)
         from vllm import AsyncEngineArgs
@@ -117,7 +117,7 @@ class TeacherEngine:
         A cancelled call takes its request out of the engine.
 
         Raises:
-            RequestRefusedError: for an empty response, ids outside of the vocabulary, or too long an input.
+            RequestRefusedError: for an empty response, ids outside the vocabulary, or too long an input.
             FloatingPointError: if a signal other than ``hidden`` is not finite.
             EngineDiedError: if the engine is gone.
         """
@@ -128,7 +128,7 @@ class TeacherEngine:
     async def score_batch(self, rollouts: list[Rollout], request: SignalRequest) -> list[TeacherSignal]:
         """Scores ``rollouts`` so that the same call gives the same bits.
 
-        Products depend on what shares their batch, so the scheduler sees nothing until it can see everything,
+        Matrix products depend on what shares their batch, so the scheduler sees nothing until it can see everything,
         in this order, with an empty prefix cache. Nothing else may be in the engine meanwhile.
         """
         jobs = await asyncio.gather(*(self._prepare(rollout, request) for rollout in rollouts))
@@ -146,7 +146,7 @@ class TeacherEngine:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
-                task.cancel()  # those that wait when another has failed
+                task.cancel()  # those still waiting when another has failed
 
     async def pause(self) -> None:
         """Stops scheduling and empties the prefix cache; requests that arrive wait for :meth:`resume`."""
@@ -207,7 +207,7 @@ class TeacherEngine:
             wanted["next"] = np.ascontiguousarray(rollout.token_ids, np.int32).tobytes()
         if candidates is not None:
             wanted |= {"top_k": candidates.shape[1], "ids": candidates.tobytes()}
-        # By default vLLM keeps token_embed requests away from the prefix cache.
+        # By default vLLM keeps token_embed requests out of the prefix cache.
         params = PoolingParams(task="token_embed", skip_reading_prefix_cache=False, extra_kwargs=wanted)
         # No row is wanted after the last token, so it is not computed.
         return _Job(rollout, request, candidates, input_ids[:-1].tolist(), params)
@@ -219,7 +219,7 @@ class TeacherEngine:
             )
 
     async def _enqueue(self, job: _Job) -> None:
-        """Adds the request to the engine, behind those that were added before."""
+        """Adds the request to the engine, after those that were added before."""
         from vllm.exceptions import VLLMClientError
 
         job.started = time.time()
@@ -262,12 +262,12 @@ class TeacherEngine:
         def put() -> tuple[Payload, ray.ObjectRef]:
             payload = encode(kind, data, job.candidates, job.request.dtype, job.request.sampled)
             if kind != "hidden":
-                # No NaN and no infinity in hidden rows gets past the loss: a pass over them here would take as long
-                # as half of the copy.
+                # No NaN or infinity in hidden states gets past the loss; a pass over them here would take half as
+                # long as the copy.
                 check_finite(payload, uid)
             return payload, ray.put(payload)
 
-        # A long response is 100 MB of hidden rows: the event loop serves the other requests meanwhile.
+        # A long response is 100 MB of hidden states: the event loop serves the other requests meanwhile.
         began = time.perf_counter()
         payload, reference = await asyncio.to_thread(put)
         put_seconds = time.perf_counter() - began

@@ -33,7 +33,7 @@ class EngineLostError(RuntimeError):
 class Dispatcher:
     """Chooses a replica for each rollout.
 
-    The cost of a rollout at a replica is the tokens that wait there plus those it would compute: the response,
+    The cost of a rollout at a replica is the tokens queued there plus those it would compute: the response,
     and the prompt where its prefix is not cached. So the samples of a prompt stay together until the queue
     before them is longer than the prompt.
     """
@@ -79,9 +79,9 @@ class TeacherPool:
     Args:
         config: The pool's settings.
         signal: What to ask for.
-        temperature: Of the loss; the engines apply it (signal kinds other than ``hidden``).
+        temperature: The loss's; the engines apply it (signal kinds other than ``hidden``).
         device, dtype, max_model_len, vocab_size: See :class:`TeacherEngine`.
-        sampled: The log-prob of each sampled token beside the signal.
+        sampled: Ask for the log-prob of each sampled token besides the signal.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class TeacherPool:
     async def score_batch(self, rollouts: list[Rollout]) -> list[TeacherSignal]:
         """Signals in the order of ``rollouts``, bit for bit the same whenever it is called with the same ones.
 
-        The assignment depends on the batch alone, and each engine sees its share as a whole before it begins.
+        The assignment depends only on the batch, and each engine sees all of its share before it begins.
         Nothing else may be scored meanwhile.
         """
         everyone = list(range(len(self._replicas)))
@@ -162,7 +162,7 @@ class TeacherPool:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
-                task.cancel()  # those that wait when another has failed
+                task.cancel()  # those still waiting when another has failed
         return [signals[position] for position in range(len(rollouts))]
 
     async def stats(self) -> list[dict[str, float]]:
@@ -185,7 +185,7 @@ class TeacherPool:
         return actor.remote(config, index, *self._arguments)
 
     async def _call(self, index: int, method: str, rollouts: Rollout | list[Rollout]) -> Any:
-        """One call of a replica; cancelling it takes its requests out of the engine.
+        """One call to a replica; cancelling it takes its requests out of the engine.
 
         Raises:
             EngineLostError: if the engine died; its replacement is on the way.
@@ -221,10 +221,10 @@ class TeacherPool:
             raise RuntimeError(f"teacher {index} is lost: {why}") from replica.error
 
     def _replace(self, index: int, actor: Any, error: Exception) -> None:
-        """Starts a new actor in the place of the dead ``actor``, in the background."""
+        """Starts a new actor in place of the dead ``actor``, in the background."""
         replica = self._replicas[index]
         if replica.actor is not actor or not replica.up:
-            return  # another rollout has found it dead before
+            return  # another rollout found it dead earlier
         logger.warning("teacher %d died and is replaced: %s", index, reason(error, f"teacher {index}"))
         replica.up = False
         self._dispatcher.forget(index)
@@ -243,7 +243,7 @@ class TeacherPool:
             replica.up = True
 
     async def _end(self, replica: _Replica) -> None:
-        """Ends an engine, dead or alive; the kill frees what one holds that has not started, or is stuck."""
+        """Ends an engine, dead or alive; the kill frees the resources of one that has not started, or is stuck."""
         if replica.up:
             try:
                 await asyncio.wait_for(as_future(replica.actor.shutdown.remote()), SHUTDOWN_S)

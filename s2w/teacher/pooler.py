@@ -1,11 +1,11 @@
 """Scores the rows of a prefill inside vLLM: the pooler of a teacher model.
 
-A request carries, in ``PoolingParams.extra_kwargs``:
+A request has, in ``PoolingParams.extra_kwargs``:
 
-- ``start``: first wanted row; rows ``start`` to the end of the input come back, one tensor a request;
+- ``start``: first wanted row; rows ``start`` to the end of the input come back, one tensor per request;
 - ``kind``, ``top_k``, ``temperature``: see :mod:`s2w.teacher.signal`;
 - ``ids``: int32 [rows, k] as bytes (kinds ``ids`` and ``sampled``, the latter with k = 1: the next token);
-- ``next``: int32 [rows] as bytes, the next tokens, where their log-probs are wanted beside a signal of another kind.
+- ``next``: int32 [rows] as bytes, the next tokens, where their log-probs are wanted besides a signal of another kind.
 
 and gets back a tensor of its n rows:
 
@@ -14,11 +14,11 @@ and gets back a tensor of its n rows:
 - ``ids``: float32 [n, k + 1]: log-probs, then log tail mass;
 - ``sampled``: float32 [n, 1];
 
-and with ``next`` a float32 log-prob of the next token behind the others, its bits as numbers of the tensor's dtype.
+and with ``next`` a float32 log-prob of the next token after the others, its bits as numbers of the tensor's dtype.
 
 It runs on every tensor-parallel rank of the last pipeline stage, with the same requests in the same order, so
 collectives are safe; each rank holds the logits of its own vocabulary shard and only [rows, k] is gathered.
-Model runner V1 (CPU) and V2 (GPU) call it alike: it needs the hidden states and the pooling cursor only, never
+Model runners V1 (CPU) and V2 (GPU) call it alike: it needs only the hidden states and the pooling cursor, never
 the prompt's token ids, and V2 accepts it because its task is ``token_embed``.
 """
 
@@ -49,7 +49,7 @@ LOGITS_BYTES = 128 * 2**20
 """Size of the float32 [rows, vocabulary shard] buffer that a row chunk may fill."""
 
 _NEXT = ("next", 1)
-"""Group of the log-probs of next tokens beside another signal."""
+"""Group of the log-probs of next tokens besides another signal."""
 # vLLM's memory profiling sends no extra_kwargs: it must see the head's peak.
 _PROFILING: dict[str, Any] = {"kind": "topk", "start": 0, "top_k": 64, "temperature": 1.0}
 
@@ -60,7 +60,7 @@ class ShardedHead:
     Bias, soft cap and scale are the model's: its LogitsProcessor gathers nothing here, and multiplies in float32.
 
     Args:
-        vocab_size: ids of the vocabulary; rows of the head from here on are padding.
+        vocab_size: ids of the vocabulary; rows of the head from there on are padding.
     """
 
     def __init__(self, model: nn.Module, vocab_size: int) -> None:
@@ -247,10 +247,10 @@ class TeacherPooler(Pooler):
         return {piece.request: rows for piece, rows in zip(pieces, torch.cat(chunks).split(sizes), strict=True)}
 
     def _collect(self, parts: list[torch.Tensor], rows: torch.Tensor | None, finished: bool) -> torch.Tensor | None:
-        """Adds ``rows`` to the parts of earlier chunks; all of them once the request is finished.
+        """Adds ``rows`` to the parts of earlier chunks; returns all of them once the request is finished.
 
-        The scheduler finishes the prefill that it began before it starts another, so the parts that wait on
-        the device are those of about one request.
+        The scheduler finishes the prefill that it began before it starts another, so only about one request's
+        parts wait on the device.
         """
         if rows is not None:
             parts.append(rows)

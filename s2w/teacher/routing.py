@@ -20,19 +20,19 @@ from s2w.teacher.context import Context
 from s2w.teacher.pool import TeacherPool
 
 DEFAULT = "teacher"
-"""Name of the teacher that scores what no other one takes."""
+"""Name of the teacher that scores what no other takes."""
 REFERENCE = "reference"
 """Name of the student's first weights among those that score."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Which prompts a further teacher takes."""
+    """Prompts that a further teacher takes."""
 
     name: str
     modes: tuple[Mode, ...]
     tasks: tuple[str, ...]
-    """Empty, as ``modes``: any."""
+    """Empty, like ``modes``: any."""
 
     def takes(self, prompt: Prompt) -> bool:
         return (not self.modes or prompt.mode in self.modes) and (not self.tasks or prompt.task in self.tasks)
@@ -42,7 +42,7 @@ def teacher_settings(config: Config) -> dict[str, TeacherConfig]:
     """Settings of every teacher by name, the default one first.
 
     Raises:
-        ConfigError: an entry of ``teachers`` has no model, a field that no teacher has, a value of another type, or
+        ConfigError: an entry of ``teachers`` has no model, a field that no teacher has, a value of the wrong type, or
             the default's name.
     """
     settings = {DEFAULT: config.teacher}
@@ -53,7 +53,7 @@ def teacher_settings(config: Config) -> dict[str, TeacherConfig]:
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
             raise ConfigError(f"{where} has no model: write {{model: PATH, modes: [think], tasks: [TASK]}}")
         fields = {key: value for key, value in entry.items() if key not in ("modes", "tasks")}
-        # What a teacher reads is its own.
+        # What a teacher reads is not inherited.
         base = dataclasses.replace(config.teacher, revision=None, context=None, system_prompt=None)
         settings[name] = read_options(base, fields, f"{where}.", also=("modes", "tasks"))
     return settings
@@ -63,7 +63,7 @@ def reference_settings(config: Config, model: str, revision: str | None) -> Teac
     """Settings of the pool that runs the student's first weights, a checkpoint.
 
     Raises:
-        ConfigError: ``reference`` has a setting that no teacher has, or a value of another type.
+        ConfigError: ``reference`` has a setting that no teacher has, or a value of the wrong type.
     """
     base = dataclasses.replace(config.teacher, context=None, system_prompt=None)
     settings = read_options(base, config.reference, "reference.")
@@ -71,7 +71,7 @@ def reference_settings(config: Config, model: str, revision: str | None) -> Teac
 
 
 def section(name: str) -> str:
-    """Where the settings of a teacher stand."""
+    """Section with the settings of a teacher."""
     return name if name == DEFAULT else f"teachers.{name}"
 
 
@@ -85,7 +85,7 @@ def contexts(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Co
 
 
 def context_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """Tokens that each teacher's context adds to a prompt at most.
+    """The most tokens that each teacher's context adds to a prompt.
 
     Raises:
         ConfigError: a template asks for something that a prompt does not have.
@@ -101,7 +101,7 @@ def routes(config: Config) -> list[Route]:
     """Who takes what, in the order of asking.
 
     Raises:
-        ConfigError: modes or tasks are no lists, or a mode does not exist.
+        ConfigError: modes or tasks are not lists, or a mode does not exist.
     """
     found = []
     for name, entry in config.teachers.items():
@@ -127,14 +127,14 @@ class Teachers:
     """The pools of all teachers; each response goes to the one that takes its prompt.
 
     Args:
-        config: of the run.
+        config: the run's.
         device: cuda or cpu.
-        max_model_len: longest prompt plus response, where a teacher's own settings do not say.
+        max_model_len: longest prompt plus response, where a teacher's own settings give none.
         vocab_size: ids that the student and every teacher share.
         tokenizer: the student's.
-        context_tokens: as of :func:`context_lengths`; such a teacher's sequences are longer by so much.
-        sampled: they give the log-prob of each sampled token beside their signals.
-        reference: the student's first weights, to score too; None without.
+        context_tokens: from :func:`context_lengths`; such a teacher's sequences are this much longer.
+        sampled: they return the log-prob of each sampled token besides their signals.
+        reference: the student's first weights, which score too; None for none.
     """
 
     def __init__(
@@ -182,18 +182,18 @@ class Teachers:
         return [*self._pools.values(), *([self._reference] if self._reference else [])]
 
     async def start(self, timeout_s: float) -> None:
-        """Waits until every engine of every pool has loaded its model; errors as of :meth:`TeacherPool.start`."""
+        """Waits until every engine of every pool has loaded its model; errors as in :meth:`TeacherPool.start`."""
         async with asyncio.TaskGroup() as group:
             for pool in self._all:
                 group.create_task(pool.start(timeout_s))
 
     async def score(self, rollout: Rollout) -> TeacherSignal:
-        """As :meth:`TeacherPool.score`, of the teacher that takes the prompt."""
+        """Like :meth:`TeacherPool.score`, by the teacher that takes the prompt."""
         name = teacher_name(self._routes, rollout.prompt)
         return self._named(name, await self._pools[name].score(self._as_seen(name, rollout)))
 
     async def score_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal]:
-        """As :meth:`TeacherPool.score_batch`, each teacher's share as a whole."""
+        """Like :meth:`TeacherPool.score_batch`, with each teacher's share as a whole."""
         shares: dict[str, list[int]] = {}
         for position, rollout in enumerate(rollouts):
             shares.setdefault(teacher_name(self._routes, rollout.prompt), []).append(position)
@@ -204,13 +204,13 @@ class Teachers:
         return [signals[i] for i in range(len(rollouts))]
 
     async def refer(self, rollout: Rollout) -> TeacherSignal | None:
-        """What the student's first weights say of a response; None where they are not asked."""
+        """Signal of the student's first weights for a response; None if they do not score."""
         if self._reference is None:
             return None
         return self._named(REFERENCE, await self._reference.score(rollout))
 
     async def refer_batch(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal | None]:
-        """The same, repeatable bit for bit."""
+        """The same for a batch, repeatable bit for bit."""
         if self._reference is None:
             return [None] * len(rollouts)
         return [self._named(REFERENCE, signal) for signal in await self._reference.score_batch(list(rollouts))]

@@ -1,4 +1,4 @@
-"""vLLM plugin: runs any ``*ForCausalLM`` as a teacher, a pooling model that scores and never samples.
+"""vLLM plugin: runs any ``*ForCausalLM`` as a teacher, a pooling model that scores and never generates.
 
 For each architecture that vLLM knows, ``Teacher<architecture>`` is the same class with a
 :class:`~s2w.teacher.pooler.TeacherPooler`; :func:`as_teacher` renames the architecture in the model's
@@ -24,7 +24,7 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     for architecture in [name for name in ModelRegistry.models if name.endswith("ForCausalLM")]:
-        # By name, so that no model is imported here: __getattr__ below makes the class.
+        # By name, so that no model is imported here: __getattr__ below creates the class.
         ModelRegistry.register_model(PREFIX + architecture, f"{__name__}:{PREFIX}{architecture}")
         if architecture in MODELS_CONFIG_MAP:
             MODELS_CONFIG_MAP[PREFIX + architecture] = MODELS_CONFIG_MAP[architecture]

@@ -4,7 +4,7 @@ Row i of a signal is the teacher's distribution over response token i, given the
 tokens before it: n rows for a response of n tokens. Its payload is a dict of numpy arrays:
 
 ========  ==================================================================================  =============
-kind      arrays                                                                              bytes a row
+kind      arrays                                                                              bytes per row
 ========  ==================================================================================  =============
 hidden    ``hidden`` [n, d] in the teacher's dtype (bfloat16 as an int16 view), ``dtype``     2 d (4 d fp32)
 ..        in float8 (e4m3, a uint8 view), with ``scale`` float32 [n]                          d + 4
@@ -13,13 +13,13 @@ ids       the same, at the student's ids, in the student's order                
 sampled   ``log_probs`` float32 [n]                                                           4
 ========  ==================================================================================  =============
 
-Where it is asked for, any of the first three also has ``sampled`` float32 [n]: the log-prob of the token that was
-sampled, 4 bytes more.
+On request, any of the first three also has ``sampled`` float32 [n]: the log-prob of the token that was sampled, 4
+bytes more.
 
 Log-probs are in nats, normalised over the whole vocabulary at the requested temperature, never renormalised
 over the ids that are sent and never clamped. ``log_tail`` is the log of the exact mass of all other ids, -inf
-where there is none. Hidden rows are taken after the final norm, before the head: no temperature in them. A float8
-row is to be multiplied with its scale, which makes its largest element the largest of the format, 448.
+where there is none. Hidden states are taken after the final norm, before the head: no temperature in them. A float8
+row is to be multiplied by its scale; its largest element is stored as the format's largest, 448.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _DTYPES = {
     "float32": torch.float32,
     "float8_e4m3fn": _FLOAT8,
 }
-"""Of hidden rows, by the name in their payload."""
+"""Dtypes of hidden states, by the name in their payload."""
 _VIEWS = {torch.bfloat16: torch.int16, _FLOAT8: torch.uint8}
-"""Integers that stand for the dtypes that numpy has not."""
+"""Integers that stand for the dtypes that numpy does not have."""
 _BLOCK_ELEMENTS = 2**16
 """Numbers that are turned into float8 at a time."""
 
@@ -56,13 +56,13 @@ class SignalRequest:
 
     kind: SignalKind
     top_k: int = 0
-    """Ids a row: kind ``topk`` only (``ids`` takes as many as the student sends)."""
+    """Ids per row, for kind ``topk`` only (``ids`` takes as many as the student sends)."""
     temperature: float = 1.0
     """The teacher's logits are divided by it (topk, ids and sampled)."""
     dtype: HiddenDtype = "auto"
-    """Of hidden states."""
+    """How hidden states travel."""
     sampled: bool = False
-    """The log-prob of the sampled token beside the signal (kinds other than ``sampled``)."""
+    """Add the log-prob of the sampled token to the signal (kinds other than ``sampled``)."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SignalKind):
@@ -122,7 +122,7 @@ def decode(payload: Payload) -> dict[str, torch.Tensor]:
     """Turns a payload into tensors that share its memory.
 
     Arrays out of Ray's object store are read-only: do not write to the tensors. Shapes and dtypes are the
-    table's, hidden rows in their own dtype.
+    table's, hidden states in their own dtype.
     """
     tensors = {}
     for name, array in payload.items():
@@ -137,7 +137,7 @@ def decode(payload: Payload) -> dict[str, torch.Tensor]:
 
 
 def hidden_rows(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Hidden rows [n, d] in ``dtype`` from decoded tensors, float8 ones multiplied with their scales."""
+    """Hidden states [n, d] in ``dtype`` from decoded tensors, float8 ones multiplied by their scales."""
     if "scale" not in tensors:
         return tensors["hidden"].to(dtype)
     return (tensors["hidden"].float() * tensors["scale"][:, None]).to(dtype)
@@ -156,7 +156,7 @@ def check_finite(payload: Payload, uid: str) -> None:
     for name, tensor in decode(payload).items():
         if tensor.dtype == _FLOAT8:
             continue  # its scale is NaN or infinite where the row was
-        # The fastest pass that no NaN and no infinity gets through: a sum of finite ones is finite, or has overflowed
+        # The fastest pass that catches every NaN and infinity: a sum of finite numbers is finite, or has overflowed
         # and the next lines find nothing.
         if torch.isfinite(tensor.sum()):
             continue
