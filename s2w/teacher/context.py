@@ -1,4 +1,4 @@
-"""Privileged context: a teacher is asked with more than the student sees, and scores the student's tokens under it.
+"""Privileged context: a teacher sees more than the student does, and scores the student's tokens under it.
 
 On-policy self-distillation (OPSD, arXiv 2601.18734) where teacher and student are the same model: shown the reference
 answer, it is a teacher to itself.
@@ -24,10 +24,10 @@ class Context:
     """What one teacher sees in place of the student's prompts.
 
     Args:
-        setting: name of the teacher's section, for the text of an error.
+        setting: name of the teacher's section, for error messages.
         teacher: its settings, with ``context`` or ``system_prompt``.
         tokenizer: the student's, whose vocabulary the teacher shares.
-        chat_template_kwargs: as of :func:`s2w.models.modes.render`.
+        chat_template_kwargs: as in :func:`s2w.models.modes.render`.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Context:
         return replace(prompt, token_ids=self._rendered[key])
 
     def rollout(self, rollout: Rollout) -> Rollout:
-        """The same response, behind what the teacher sees."""
+        """The same response, after what the teacher sees."""
         return replace(rollout, prompt=self.prompt(rollout.prompt))
 
     def longest(self, prompts: Sequence[Prompt]) -> int:
-        """Tokens that the context adds to one of ``prompts`` at most, in any mode; errors as of :meth:`prompt`."""
+        """The most tokens that the context adds to one of ``prompts``, in any mode; errors as in :meth:`prompt`."""
         modes = supported_modes(self._tokenizer)
         variants = [replace(prompt, mode=mode) for prompt in prompts for mode in modes]
         return max((len(self.prompt(one).token_ids) - len(one.token_ids) for one in variants), default=0)
