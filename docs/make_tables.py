@@ -26,9 +26,9 @@ from s2w.objectives.support import markdown_table
 DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OVER = {
-    "tokens": "mean over response tokens, also by mode",
-    "samples": "mean over responses, also by mode",
-    "step": "the step",
+    "tokens": "response tokens, and by mode",
+    "samples": "responses, by mode",
+    "step": "step",
 }
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_rooms import ROOMS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md", *sorted(ROOT.glob("examples/*/README.md"))]
@@ -41,3 +42,8 @@ def test_files_that_documents_name_exist(document: Path) -> None:
     named = [ROOT / path for path in PATH.findall(text)] + [document.parent / path for path in LINK.findall(text)]
     assert named
     assert [str(path) for path in named if not path.exists()] == []
+
+
+def test_the_rooms_of_the_architecture_are_those_of_the_package() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert tuple(re.findall(r"^- \*\*(\w+)\*\*: ", text, re.MULTILINE)) == ROOMS
