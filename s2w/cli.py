@@ -49,8 +49,7 @@ examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; 0 when it did its work, 1 when a run failed, 2 when the input is bad, 130 when it was
-    interrupted."""
+    """Runs the command; returns 0 on success, 1 if a run failed, 2 if the input is bad, 130 if it was interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -60,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in commands:
             raise ConfigError(f"unknown command {command}: the commands are {', '.join(commands)}")
-        # SIGTERM as SIGINT, also where a shell has had SIGINT ignored; a run has handlers of its own.
+        # SIGTERM like SIGINT, even where a shell has SIGINT ignored; a run has its own handlers.
         with handling_stop_signals(signal.default_int_handler):
             return commands[command](rest)
     except KeyboardInterrupt:
@@ -138,7 +137,7 @@ def _run_and_output(arguments: list[str], command: str, what: str, placeholder: 
 
 
 def _option(arguments: list[str], name: str, what: str) -> tuple[str | None, list[str]]:
-    """The value behind an option, None if it is not there, and the other arguments."""
+    """The value of an option, None if it is not there, and the other arguments."""
     if name not in arguments:
         return None, arguments
     at = arguments.index(name)
@@ -149,7 +148,7 @@ def _option(arguments: list[str], name: str, what: str) -> tuple[str | None, lis
 
 
 def _configuration(kind: type[Root], arguments: list[str]) -> Root | None:
-    """The configuration that the arguments ask for; None if they only ask to see something, which is printed."""
+    """The configuration that the arguments ask for; None if they only ask for a text, which is printed."""
     from s2w.config import compose
 
     if any(argument in ("-h", "--help") for argument in arguments):

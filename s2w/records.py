@@ -175,7 +175,7 @@ class Heldout:
 
 @dataclass(frozen=True, slots=True)
 class HeldoutResponse:
-    """One response of a held-out evaluation in figures, as ``heldout_responses.jsonl`` holds it: from these any
+    """One response of a held-out evaluation as numbers, as ``heldout_responses.jsonl`` holds it: from these any
     interval and any paired test can be recomputed."""
 
     version: int

@@ -15,9 +15,9 @@ def cpu_environment() -> dict[str, str]:
     Engines and learner ranks work in turn on the same cores: an OpenMP thread with nothing to do spins for some 50
     microseconds, which bridges the gap between two operations, and then sleeps.
 
-    Tensors come and go many times a step. glibc returns each large one to the kernel at once, and touching such memory
-    again takes longer than the arithmetic done in it. jemalloc (the copy that Ray ships) keeps it; the kernel may
-    reclaim what has been idle for ten seconds.
+    Tensors come and go many times per step. glibc returns each large one to the kernel at once, and touching
+    such memory again takes longer than the arithmetic done in it. jemalloc (the copy that Ray ships) keeps it; the
+    kernel may reclaim what has been idle for ten seconds.
     """
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "2000"}
     ray = importlib.util.find_spec("ray")

@@ -1,4 +1,4 @@
-"""Whether a response repeats itself again and again."""
+"""Whether a response repeats itself over and over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A held-out evaluation, response by response: all in figures, the first of each mode in full."""
+"""A held-out evaluation, response by response: all as numbers, the first of each mode in full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = 8
 def heldout_responses(
     version: int, rollouts: Sequence[Rollout], graded: Sequence[Graded], kl_sums: np.ndarray
 ) -> list[HeldoutResponse]:
-    """Figures of every response.
+    """The numbers of every response.
 
     Args:
         rollouts: fresh ones of ``version``, one to each held-out prompt.

@@ -18,7 +18,7 @@ DEFINITIONS = "metric_definitions.json"
 
 
 class Recorder:
-    """Writes each figure as soon as it is known, so that a run that dies keeps what it measured.
+    """Writes each number as soon as it is known, so that a run that dies keeps what it measured.
 
     Args:
         directory: the run directory; created if missing.
@@ -73,7 +73,7 @@ class Recorder:
         self._scalars(line, line["step"], line["phase"])
 
     def heldout(self, result: Heldout, responses: Iterable[HeldoutResponse], samples: Iterable[HeldoutSample]) -> None:
-        """Adds one held-out evaluation, and its responses: all in figures, some in full."""
+        """Adds one held-out evaluation, and its responses: all as numbers, some in full."""
         jsonl.append(self.response_lines, map(asdict, responses))
         jsonl.append(self.sample_lines, map(asdict, samples))
         # Last: without this line, what a killed run leaves does not count as an evaluation.

@@ -66,7 +66,7 @@ def write_signals(directory: Path, output: Path | None) -> tuple[str, Path]:
 
 
 def compare_signals(run: Run) -> list[Comparison]:
-    """Every signal that a step measured, the smallest first.
+    """Every signal that a step measured, smallest first.
 
     Raises:
         ConfigError: no step did.

@@ -43,7 +43,7 @@ class Dispatcher:
         self._holders: OrderedDict[str, set[int]] = OrderedDict()
 
     def assign(self, rollout: Rollout, alive: list[int]) -> tuple[int, int]:
-        """The replica, and the tokens to give back to :meth:`release` when it is done."""
+        """The replica, and the tokens to pass to :meth:`release` when it is done."""
         holders = self._holders.setdefault(rollout.prompt.uid, set())
         self._holders.move_to_end(rollout.prompt.uid)
         if len(self._holders) > REMEMBERED_PROMPTS:
