@@ -5,7 +5,7 @@ PY := .venv/bin/python
 UV := .venv/bin/uv
 export S2W_HOME ?= $(HOME)/.cache/s2w
 
-.PHONY: setup lock quickstart smollm2 table21 test test-long check-packaging lint format
+.PHONY: setup lock quickstart smollm2 table21 test test-unit test-integration test-long check-packaging docs lint format
 
 setup: .venv/ready
 
@@ -37,13 +37,22 @@ table21: setup
 	$(PY) benchmarks/table21.py --json table21.json
 
 test: setup
-	$(PY) -m pytest -m 'not long' tests
+	$(PY) -m pytest -m 'not long' tests/unit tests/integration
+
+test-unit: setup
+	$(PY) -m pytest -m 'not long' tests/unit
+
+test-integration: setup
+	$(PY) -m pytest -m 'not long' tests/integration
 
 test-long: setup
-	$(PY) -m pytest -m long tests
+	$(PY) -m pytest -m long tests/long
 
 check-packaging: setup
-	$(PY) -m pytest tests/check_packaging.py
+	$(PY) -m pytest tests/packaging/check_packaging.py
+
+docs: setup
+	$(PY) docs/make_tables.py
 
 lint: setup
 	.venv/bin/ruff check .

@@ -301,7 +301,7 @@ class EntropyAwareKL(Divergence):
 
     def terms(self, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         entropy = (p * log_p).sum(-1, keepdim=True).neg_()
-        w = (entropy >= self.threshold) * self.forward_weight
+        w = (entropy >= self.threshold).to(p.dtype) * self.forward_weight
         forward, forward_grad = ForwardKL().terms(log_p, log_q, p, q)
         reverse, reverse_grad = ReverseKL().terms(log_p, log_q, p, q)
         return reverse.add_(forward.mul_(w)), reverse_grad.add_(forward_grad.mul_(w))

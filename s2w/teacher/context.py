@@ -47,9 +47,10 @@ class Context:
         Raises:
             ConfigError: the template asks for something that the prompt does not have.
         """
-        key = tuple(message["content"] for message in prompt.messages), prompt.mode
+        messages = self._messages(prompt)
+        key = tuple(message["content"] for message in messages), prompt.mode
         if key not in self._rendered:
-            text = render(self._tokenizer, self._messages(prompt), prompt.mode, self._kwargs)
+            text = render(self._tokenizer, messages, prompt.mode, self._kwargs)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             self._rendered[key] = np.asarray(ids, np.int32)
         return replace(prompt, token_ids=self._rendered[key])

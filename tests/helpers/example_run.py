@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from s2w.config.compose import compose, to_yaml
 from s2w.eval.grading import Graded
-from s2w.eval.report import mode_scores
+from s2w.eval.scores import mode_scores
 from s2w.observe.recorder import Recorder
 from s2w.observe.timeline import Timeline
 from s2w.records import (
@@ -19,9 +20,7 @@ from s2w.records import (
     HeldoutSample,
     Mode,
     OffPolicyHeldout,
-    OffPolicyReport,
     Prompt,
-    StepReport,
 )
 from s2w.teacher_data.filters import Filtered
 from s2w.teacher_data.response import Response
@@ -47,7 +46,7 @@ def write_run(directory: Path, steps: int = 12, finished: bool = True) -> None:
     off_policy(recorder, directory)
     evaluate(recorder, 0, steps, draw)
     for step in range(1, steps + 1):
-        recorder.step(step_report(step, steps, draw))
+        recorder.step(step_line(step, steps, draw))
         begin = 1_000.0 + 10.0 * step
         for engine in (0, 1):
             timeline.add("generate", engine, [(begin, begin + 4 + engine)], step)
@@ -66,22 +65,24 @@ def off_policy(recorder: Recorder, directory: Path) -> None:
         if step in (0, 3, 6):
             recorder.off_policy_heldout(OffPolicyHeldout(step, 5.0 - step / 3, 900))
         if step:
-            recorder.off_policy_step(
-                OffPolicyReport(
-                    step=step,
-                    epoch=step / 6,
-                    loss=5.1 - step / 3,
-                    divergence=5.1 - step / 3,
-                    student_entropy=3.0 - step / 10,
-                    agreement=0.3 + step / 20,
-                    grad_norm=2.0,
-                    learning_rate=1e-3,
-                    skipped=0,
-                    responses=8,
-                    response_tokens=400,
-                    tokens_per_second=300.0,
-                    seconds=2.0,
-                )
+            recorder.step(
+                {
+                    "step": step,
+                    "epoch": step / 6,
+                    "loss": 5.1 - step / 3,
+                    "divergence": 5.1 - step / 3,
+                    "student_entropy": 3.0 - step / 10,
+                    "teacher_entropy": 0.0,
+                    "agreement": 0.3 + step / 20,
+                    "grad_norm": 2.0,
+                    "learning_rate": 1e-3,
+                    "skipped": 0,
+                    "responses": 8,
+                    "response_tokens": 400,
+                    "tokens_per_second": {"learn": 300.0},
+                    "seconds": 2.0,
+                    "phase": "off_policy",
+                }
             )
     prompts = {mode: Prompt("a", (), np.zeros(1, np.int32), mode, 0) for mode in MODES}
     answers = [Response(prompts[MODES[i % 2]], i, np.arange(5), "", "stop") for i in range(50)]
@@ -91,7 +92,7 @@ def off_policy(recorder: Recorder, directory: Path) -> None:
     (directory / "off_policy" / "filters.json").write_text(json.dumps(Filtered(answers[:40], dropped).table()))
 
 
-def step_report(step: int, steps: int, draw: np.random.Generator) -> StepReport:
+def step_line(step: int, steps: int, draw: np.random.Generator) -> dict[str, Any]:
     kl = 4.0 - 3.0 * step / steps
     by_mode: dict[str, dict[str, float]] = {
         mode: {
@@ -106,32 +107,35 @@ def step_report(step: int, steps: int, draw: np.random.Generator) -> StepReport:
         }
         for mode in MODES
     }
-    return StepReport(
-        step=step,
-        loss=kl,
-        divergence=kl,
-        student_entropy=3.0 - step / steps,
-        teacher_entropy=1.5,
-        agreement=0.4 + 0.3 * step / steps,
-        grad_norm=float(draw.uniform(1, 3)),
-        learning_rate=1e-3 * (1 - step / (steps + 1)),
-        skipped=0,
-        prompts=16,
-        response_tokens=640,
-        response_length=40.0,
-        finish={"length": 0.1, "stop": 0.9},
-        staleness_mean=0.0,
-        staleness_max=0,
-        tokens_per_second={"generate": float(draw.uniform(240, 270)), "score": 540.0, "learn": 320.0},
-        busy={"generate": 0.5, "score": 0.4, "learn": 0.25, "swap": 0.05},
-        signal_bytes_per_token=1152.0,
-        signal_seconds={"put": 0.1, "fetch": 0.1, "wait": 0.0},
-        signal_bias={},
-        swap_ms=float(draw.uniform(340, 390)),
-        probe_error=float(draw.uniform(5e-6, 1e-5)),
-        seconds=9.0,
-        by_mode=by_mode,
-    )
+    return {
+        "step": step,
+        "loss": kl,
+        "divergence": kl,
+        "student_entropy": 3.0 - step / steps,
+        "teacher_entropy": 1.5,
+        "agreement": 0.4 + 0.3 * step / steps,
+        "grad_norm": float(draw.uniform(1, 3)),
+        "learning_rate": 1e-3 * (1 - step / (steps + 1)),
+        "skipped": 0,
+        "left_out": 0.0,
+        "prompts": 16,
+        "response_tokens": 640,
+        "response_length": 40.0,
+        "length_limit": 80,
+        "finish": {"length": 0.1, "stop": 0.9},
+        "staleness_mean": 0.0,
+        "staleness_max": 0,
+        "tokens_per_second": {"generate": float(draw.uniform(240, 270)), "score": 540.0, "learn": 320.0},
+        "busy": {"generate": 0.5, "score": 0.4, "learn": 0.25, "swap": 0.05},
+        "signal_bytes_per_token": 1152.0,
+        "signal_seconds": {"put": 0.1, "fetch": 0.1, "wait": 0.0},
+        "signal_bias": {},
+        "swap_ms": float(draw.uniform(340, 390)),
+        "probe_error": float(draw.uniform(5e-6, 1e-5)),
+        "seconds": 9.0,
+        "by_mode": by_mode,
+        "phase": "on_policy",
+    }
 
 
 def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Generator) -> None:

@@ -49,6 +49,10 @@ class LiveRun:
         """Waits until it has printed ``words``."""
         self.until(lambda: words in self.text(), seconds)
 
+    def last_line(self) -> str:
+        """The last line of that."""
+        return self.text().rstrip().splitlines()[-1]
+
     def processes(self, title: str = "") -> list[psutil.Process]:
         """The descendants whose title (Ray and vLLM set one) begins with ``title``."""
         found = []

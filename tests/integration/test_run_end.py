@@ -21,7 +21,7 @@ from tiny_models import make_checkpoint
 
 from s2w.learner import checkpoint
 
-TESTS = Path(__file__).parent
+RECORDED_RUN = Path(__file__).parents[1] / "helpers" / "recorded_run.py"
 PROMPTS, EPOCH = 4, 3
 """Prompts a step; steps an epoch."""
 
@@ -52,7 +52,7 @@ def start(directory: Path) -> Start:
 
     def started(name: str, **options: Any) -> AbstractContextManager[LiveRun]:
         resume = ["run.resume=true"] if (directory / "run" / "config.yaml").exists() else []
-        command = [str(TESTS / "recorded_run.py"), str(directory / "trained.jsonl"), *arguments, *resume]
+        command = [str(RECORDED_RUN), str(directory / "trained.jsonl"), *arguments, *resume]
         return live_run(command, directory / f"{name}.txt", **options)
 
     return started
@@ -66,10 +66,6 @@ def saved_step(directory: Path) -> int:
     last = checkpoint.latest(directory / "run" / "checkpoints")
     assert last is not None
     return checkpoint.read_state(last)["step"]
-
-
-def last_line(run: LiveRun) -> str:
-    return run.text().rstrip().splitlines()[-1]
 
 
 def steps_of(run: LiveRun, more: int) -> None:
@@ -91,7 +87,7 @@ def test_sigterm_ends_a_run_whose_sigint_is_ignored(start: Start, directory: Pat
     step = saved_step(directory)
     path = directory / "run" / "checkpoints" / f"step_{step:06d}"
     again = f"the same command with run.dir={directory / 'run'} run.resume=true"
-    assert last_line(run) == f"interrupted; step {step} is saved in {path}; to continue: {again}"
+    assert run.last_line() == f"interrupted; step {step} is saved in {path}; to continue: {again}"
     assert "Traceback" not in run.text()
     assert [line["step"] for line in lines(directory / "run" / "metrics.jsonl")] == list(range(1, step + 1))
 
@@ -124,7 +120,7 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence(start: Start, director
         assert run.survivors() == []
     text = run.text()
     assert "Traceback" not in text
-    sentence = last_line(run)
+    sentence = run.last_line()
     assert sentence.startswith("s2w: ")
     assert re.search(said, sentence), sentence
     assert f"step {saved_step(directory)} is saved in" in sentence and "run.resume=true" in sentence
@@ -182,50 +178,3 @@ def test_nothing_outlives_a_driver_that_is_killed_on_a_standing_cluster(start: S
             run.process.kill()
             assert run.survivors() == []
         assert head.process.poll() is None
-
-
-ENDLESS = """
-import asyncio, sys, time
-from s2w.actors.stopping import run_stoppable, uninterrupted
-
-@uninterrupted
-async def update():
-    print("busy", flush=True)
-    await asyncio.sleep(100)
-
-run_stoppable(update(), lambda: print("stopping", flush=True), lambda: "ended at once")
-"""
-
-
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with live_run(["-c", ENDLESS], tmp_path / "output.txt") as run:
-        run.until_said("busy")
-        run.process.send_signal(signal.SIGTERM)
-        run.until_said("stopping")
-        run.process.send_signal(signal.SIGINT)
-        assert run.wait(5) == 130
-        assert last_line(run) == "s2w: ended at once"
-
-
-BUSY = """
-import sys
-sys.path[:0] = {path}
-from test_data_tasks import prompt
-from s2w.data.tasks import generate
-from s2w.data.verifier_process import VerifierProcess
-if __name__ == "__main__":
-    entry = generate("countdown", 1, 1, seed=0)[0][0]
-    verifier = VerifierProcess(timeout_s=5.0)
-    print("verifies", flush=True)
-    verifier.verify(prompt("countdown", entry["answer"], entry=entry), "9**9**9")
-"""
-
-
-def test_a_verifier_in_an_endless_answer_does_not_outlive_its_run(tmp_path: Path) -> None:
-    script = tmp_path / "busy.py"
-    script.write_text(BUSY.format(path=[str(TESTS), str(TESTS.parent)]))
-    with live_run([str(script)], tmp_path / "output.txt") as run:
-        run.until_said("verifies")
-        run.until(lambda: any(process.cpu_percent(0.1) > 20 for process in run.processes()))
-        run.process.kill()
-        assert run.family and run.survivors() == []

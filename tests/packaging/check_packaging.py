@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from example_run import write_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 UV = Path(sysconfig.get_path("scripts")) / "uv"
 PYTHONS = [line.rsplit(" ", 1)[1] for line in PROJECT["project"]["classifiers"] if "Python :: 3." in line]
@@ -110,7 +110,7 @@ def test_every_import_is_declared(tmp_path: Path) -> None:
     ]
     for_developers = [*for_users, *extras["dev"], *PROJECT["dependency-groups"]["peers"]]
     package = list((ROOT / "s2w").rglob("*.py"))
-    beside = [*(ROOT / "tests").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    beside = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     assert undeclared(package, for_users, {"s2w"}) == set()
     assert undeclared(beside, for_developers, {"s2w", *(file.stem for file in beside)}) == set()
 

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
-import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
 
 import numpy as np
 import pytest
 from tiny_models import make_checkpoint
-from transformers import Qwen3MoeConfig
 
 from s2w import cli
-from s2w.config.bounds import check_bounds, ranges, type_hints
 from s2w.config.compose import compose
-from s2w.config.schema import Config, EvalRun
 from s2w.errors import ConfigError
 from s2w.launch.check import check, check_resources
-from s2w.models.parallel import check_parallel
 
 INDEX = "model.safetensors.index.json"
 
@@ -164,47 +154,6 @@ def test_the_environment_is_an_address_too(
     assert "cluster.address=null: no Ray cluster answers at" in said and "run `ray stop`, or write" in said
 
 
-def numbers(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and types of the settings that are numbers, or lists of them."""
-    for name, hint in type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield from numbers(hint, f"{prefix}{name}.")
-        elif kinds(hint) & {int, float}:
-            yield prefix + name, hint
-
-
-def kinds(hint: Any) -> set[Any]:
-    """The plain types in a type; a mapping's are free."""
-    parts = get_args(hint)
-    return set().union(*map(kinds, parts)) if parts else {hint}
-
-
-@pytest.mark.parametrize("kind", [Config, EvalRun])
-def test_every_number_has_a_range_and_is_finite(kind: type) -> None:
-    found = dict(numbers(kind))
-    assert {"rollout.top_p", "rollout.threads"} <= found.keys()
-    assert [name for name, hint in found.items() if not ranges(hint)] == []
-    check_bounds(kind())
-    for name, hint in found.items():
-        if float in kinds(hint):
-            for value in (math.nan, math.inf, -math.inf):
-                with pytest.raises(ConfigError, match=re.escape(f"{name}={value} is not a finite number")):
-                    check_bounds(with_setting(kind(), name, value))
-        if list not in kinds(hint) and not name.endswith(("temperature", "top_k")):
-            with pytest.raises(ConfigError, match=re.escape(f"{name}=-1")):
-                check_bounds(with_setting(kind(), name, -1))
-
-
-def with_setting(config: Any, name: str, value: Any) -> Any:
-    *sections, field = name.split(".")
-    section = config
-    for part in sections:
-        section = getattr(section, part)
-    setattr(section, field, value)
-    return config
-
-
 SAMPLED = ["signal.kind=sampled", "loss.divergence=reverse_kl"]
 
 
@@ -264,64 +213,3 @@ def test_stage_0_in_bfloat16_is_refused_once_the_device_is_known(models: Path, t
     with pytest.raises(ConfigError, match=r"accumulate gradients in bfloat16: write learner\.zero_stage=1"):
         check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
     check_resources(compose([*required, "learner.dtype=float32"]), "cuda", {"CPU": 8, "GPU": 8})
-
-
-QWEN3_235B = {
-    "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_attention_heads": 64,
-    "num_key_value_heads": 4, "num_local_experts": 128, "num_hidden_layers": 94, "vocab_size": 151936,
-}  # fmt: skip
-
-
-def moe_config(block: list[int] | None = None, **sizes: Any) -> Qwen3MoeConfig:
-    fp8: dict[str, Any] = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}} if block else {}
-    return Qwen3MoeConfig(**{**QWEN3_235B, **sizes}, **fp8)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "layout", "sentence"),
-    [
-        ({}, {"tensor_parallel": 8}, None),
-        ({}, {"tensor_parallel": 64, "expert_parallel": True}, None),
-        ({"num_key_value_heads": 6}, {"tensor_parallel": 4}, "does not divide the 6 key-value heads"),
-        ({"num_key_value_heads": 6}, {"tensor_parallel": 8}, "does not divide the 6 key-value heads"),
-        ({"moe_intermediate_size": 1540}, {"tensor_parallel": 8}, "does not divide the 1540 columns of an expert"),
-        ({"moe_intermediate_size": 1540}, {"tensor_parallel": 8, "expert_parallel": True}, None),
-        ({"mlp_only_layers": [0], "intermediate_size": 100}, {"tensor_parallel": 8}, "the 100 columns of an MLP"),
-        (
-            {"num_attention_heads": 48, "moe_intermediate_size": 1539, "num_key_value_heads": 3},
-            {"tensor_parallel": 3},
-            "the 151936 rows of the padded vocabulary",
-        ),
-        ({"num_local_experts": 4}, {"tensor_parallel": 8}, "is more than the 4 experts"),
-    ],
-)
-def test_layouts_that_vllm_refuses(sizes: dict[str, Any], layout: dict[str, Any], sentence: str | None) -> None:
-    if sentence is None:
-        check_parallel("teacher", moe_config(**sizes), **layout)
-    else:
-        with pytest.raises(ConfigError, match=re.escape(sentence)):
-            check_parallel("teacher", moe_config(**sizes), **layout)
-
-
-def test_quantized_experts_as_vllm_takes_them() -> None:
-    """Block-quantized FP8 experts against vLLM's own functions, over widths, blocks and layouts."""
-    from vllm.model_executor.layers.fused_moe.oracle.fp8 import refine_fp8_moe_block_shape
-
-    refused = []
-    for width, block, workers in itertools.product((768, 1536, 1408, 640), ([128, 128], [64, 128]), (1, 2, 4, 8, 32)):
-        if width % workers:
-            continue
-        share = width // workers
-        sizes = SimpleNamespace(intermediate_size_per_partition=share, tp_size=workers, hidden_dim=4096)
-        whole = share % block[0] == 0 and (workers == 1 or share % block[1] == 0)
-        takes = whole or refine_fp8_moe_block_shape(sizes, block) is not None  # type: ignore[arg-type]
-        config = moe_config(block, moe_intermediate_size=width, num_key_value_heads=64)
-        try:
-            check_parallel("teacher", config, tensor_parallel=workers)
-        except ConfigError as error:
-            assert not takes and "teacher.expert_parallel=true, or a smaller teacher.tensor_parallel" in str(error)
-            refused.append((width, workers))
-            check_parallel("teacher", config, tensor_parallel=workers, expert_parallel=True)
-        else:
-            assert takes, (width, block, workers)
-    assert (768, 32) in refused and (1536, 8) not in refused

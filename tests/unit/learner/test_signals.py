@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2w.learner.signals import HiddenParts, joined
+from s2w.learner.signal_fetch import HiddenParts, joined
 from s2w.teacher.signal import HiddenDtype, decode, encode, hidden_rows
 
 SIZES, WIDTH = (3, 1, 5), 8

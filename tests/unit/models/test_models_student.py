@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 from tiny_models import Kind, make_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, Qwen3MoeConfig
 
-from s2w.config.schema import StudentConfig, StudentInit
+from s2w.config.schema import StudentConfig
 from s2w.errors import ConfigError
-from s2w.learner import checkpoint as learner_checkpoint
+from s2w.models import shards
 from s2w.models.student import evenly_spaced, materialise_student, pruned_config
 
 
 def pruned(model: Path, keep: int | None) -> StudentConfig:
-    return StudentConfig(model=str(model), init=StudentInit.pruned, keep_layers=keep)
+    return StudentConfig(model=str(model), init="pruned", keep_layers=keep)
 
 
 def fresh(model: Path, **overrides: Any) -> StudentConfig:
-    return StudentConfig(model=str(model), init=StudentInit.fresh, overrides=overrides)
+    return StudentConfig(model=str(model), init="fresh", overrides=overrides)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_pruned_reads_and_writes_shards(tied: Path, tmp_path: Path, monkeypatch:
         if file.name.startswith(("tokenizer", "chat")):
             (source / file.name).symlink_to(file)
     assert len(list(source.glob("*.safetensors"))) > 2
-    monkeypatch.setattr(learner_checkpoint.write_weights, "__defaults__", (500_000,))
+    monkeypatch.setattr(shards.write_weights, "__defaults__", (500_000,))
     sharded = materialise_student(pruned(source, 3), tmp_path / "sharded", seed=0)
     files = sorted(sharded.glob("*.safetensors"))
     assert len(files) > 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from s2w.objectives.credit import Credit, group_advantages
 
-from s2w.config.schema import RewardConfig
 from s2w.eval.grading import Graded
+from s2w.objectives.advantages import group_advantages, with_advantages
+from s2w.objectives.distillation import Distillation
 from s2w.records import Mode, Prompt, Rollout, Scored, VersionSpan
 
 
@@ -45,18 +45,18 @@ def test_groups_are_uses_of_a_prompt_in_a_mode() -> None:
     samples = [sample(one, index) for one in prompts for index in range(2)]
     verdicts = [True, False, True, True, False, True]
     graded = [grade(one.rollout.prompt, correct) for one, correct in zip(samples, verdicts, strict=True)]
-    credited = Credit(RewardConfig(), {}, 1.0).assign(samples, graded)
+    credited = with_advantages(samples, graded, normalize=True)
     assert [one.advantage for one in credited] == [1, -1, 0, 0, -1, 1]
 
 
 def test_teacher_responses_take_no_part() -> None:
     of = prompt("p")
     samples = [sample(of, 0), sample(of, 1), sample(of, 2, written=False)]
-    credited = Credit(RewardConfig(), {}, 1.0).assign(samples, [grade(of, True), grade(of, False), grade(of, True)])
+    credited = with_advantages(samples, [grade(of, True), grade(of, False), grade(of, True)], normalize=True)
     assert [one.advantage for one in credited] == [1, -1, 0]
 
 
 def test_no_reward() -> None:
     of = prompt("p")
-    credited = Credit(None, {}, 1.0).assign([sample(of, 0), sample(of, 1)], [grade(of, True), grade(of, False)])
+    credited = Distillation().credit([sample(of, 0), sample(of, 1)], [grade(of, True), grade(of, False)])
     assert [(one.advantage, one.weight) for one in credited] == [(0, 1), (0, 1)]

@@ -10,11 +10,11 @@ from teacher_responses import settings
 from tiny_models import make_checkpoint
 from torch.nn.functional import cross_entropy
 
+from s2w.launch.check import off_policy
+from s2w.launch.phases import off_policy_settings
 from s2w.models.head import Head
 from s2w.objectives.divergences import divergence_of
 from s2w.objectives.kernel import SparseRows, divergence_loss
-from s2w.launch.check import off_policy
-from s2w.launch.phases import off_policy_settings
 
 
 @pytest.fixture(scope="module")

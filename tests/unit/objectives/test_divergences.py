@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from s2w.config.schema import LossConfig
 from s2w.objectives.divergences import (
     DIVERGENCES,
     AdaptiveKL,
     AlphaDivergence,
+    ClippedForwardKL,
     Divergence,
+    EntropyAwareKL,
     ForwardKL,
     GeneralisedJSD,
+    KLMixture,
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
+    divergence_of,
     make_divergence,
+    parameters_of,
 )
 
 Formula = Callable[[Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small: a second thread would only wait for a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -58,6 +55,21 @@ def adaptive(p: Tensor, q: Tensor, head_mass: float = 0.5) -> Tensor:
     return torch.stack(out)
 
 
+def entropy_aware(p: Tensor, q: Tensor, threshold: float, weight: float) -> Tensor:
+    """EOPD row by row: reverse KL, and forward KL where the teacher is unsure."""
+    out = []
+    for p_row, q_row in zip(p, q, strict=True):
+        unsure = -(p_row * p_row.log()).sum() >= threshold
+        out.append(kl(q_row, p_row) + (weight * kl(p_row, q_row) if unsure else 0.0))
+    return torch.stack(out)
+
+
+def clipped(p: Tensor, q: Tensor, clip: float) -> Tensor:
+    return torch.minimum(p * (p / q).log(), torch.tensor(clip, dtype=p.dtype)).sum(-1)
+
+
+BETWEEN = 2.4
+"""Nats: some of the teacher's rows that the tests draw have more entropy, some less."""
 CASES: list[tuple[Divergence, Formula]] = [
     (ForwardKL(), kl),
     (ReverseKL(), lambda p, q: kl(q, p)),
@@ -72,6 +84,14 @@ CASES: list[tuple[Divergence, Formula]] = [
     (AlphaDivergence(0.0), lambda p, q: kl(q, p)),
     (AlphaDivergence(1.0), kl),
     (AdaptiveKL(), adaptive),
+    (KLMixture(), lambda p, q: (kl(p, q) + kl(q, p)) / 2),
+    (KLMixture(0.8), lambda p, q: 0.8 * kl(p, q) + 0.2 * kl(q, p)),
+    (KLMixture(0.0), lambda p, q: kl(q, p)),
+    (KLMixture(1.0), kl),
+    (EntropyAwareKL(), lambda p, q: entropy_aware(p, q, 0.8, 1.0)),
+    (EntropyAwareKL(BETWEEN, 0.3), lambda p, q: entropy_aware(p, q, BETWEEN, 0.3)),
+    (ClippedForwardKL(), lambda p, q: clipped(p, q, 0.05)),
+    (ClippedForwardKL(0.3), lambda p, q: clipped(p, q, 0.3)),
 ]
 IDS = [repr(divergence) for divergence, _ in CASES]
 
@@ -164,7 +184,8 @@ def test_zero_at_equality_and_positive_elsewhere(divergence: Divergence, formula
     gradient = derivative - log_p.exp() * derivative.sum(-1, keepdim=True)
     assert value.sum(-1).abs().max() < 1e-14
     assert gradient.abs().max() < 1e-14
-    assert (divergence(log_p, log_q)[0].sum(-1) > 1e-3).all()
+    # Clipped terms are the positive ones, so that their sum may be anything.
+    assert isinstance(divergence, ClippedForwardKL) or (divergence(log_p, log_q)[0].sum(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("divergence", [d for d, _ in CASES if d.is_f_divergence], ids=repr)
@@ -187,6 +208,39 @@ def test_merging_tokens_can_raise_adaptive_kl() -> None:
     whole = AdaptiveKL()(p.log(), q.log())[0].sum(-1)
     merged = AdaptiveKL()(merged_p.log(), merged_q.log())[0].sum(-1)
     assert (merged > whole + 1e-6).any()
+
+
+def test_entropy_aware_kl_takes_the_teachers_entropy_by_row() -> None:
+    p_logits, q_logits = draw(5, 40)
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    unsure = -(log_p.exp() * log_p).sum(-1) >= BETWEEN
+    assert unsure.any() and not unsure.all()
+    added = EntropyAwareKL(BETWEEN)(log_p, log_q)[0] - ReverseKL()(log_p, log_q)[0]
+    forward = ForwardKL()(log_p, log_q)[0]
+    torch.testing.assert_close(added[unsure], forward[unsure], rtol=1e-12, atol=1e-14)
+    assert not added[~unsure].any()
+
+
+@pytest.mark.parametrize("divergence", [EntropyAwareKL(threshold=1.5), ClippedForwardKL()], ids=repr)
+def test_merging_tokens_can_raise_what_couples_or_clips_them(divergence: Divergence) -> None:
+    """Merging lowers the teacher's entropy, and each KL; it may take what a clip held back out of its token."""
+    p_logits, q_logits = draw(256, 12, spread=1.0)
+    p, q = p_logits.softmax(-1), q_logits.softmax(-1)
+    merged_p, merged_q = (torch.cat([t[:, :6], t[:, 6:].sum(-1, keepdim=True)], -1) for t in (p, q))
+    whole = divergence(p.log(), q.log())[0].sum(-1)
+    merged = divergence(merged_p.log(), merged_q.log())[0].sum(-1)
+    assert not divergence.is_f_divergence
+    assert (merged > whole + 1e-6).any() == isinstance(divergence, ClippedForwardKL)
+
+
+def test_a_clip_that_nothing_reaches_is_forward_kl() -> None:
+    p_logits, q_logits = draw(5, 20)
+    log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+    for one, other in zip(ClippedForwardKL(100.0)(log_p, log_q), ForwardKL()(log_p, log_q), strict=True):
+        assert torch.equal(one, other)
+    value, derivative = ClippedForwardKL(0.01)(log_p, log_q)
+    reached = value == 0.01
+    assert reached.any() and not derivative[reached].any()
 
 
 def test_adaptive_head_longer_than_the_short_list() -> None:
@@ -218,10 +272,18 @@ def test_made_by_name() -> None:
     assert make_divergence("forward_kl") == ForwardKL()
     assert make_divergence("jsd", beta=0.3, alpha=0.9) == GeneralisedJSD(0.3)
     assert make_divergence("skew_reverse_kl", beta=0.3, alpha=0.9) == SkewReverseKL(0.9)
+    assert make_divergence("entropy_aware_kl", alpha=0.9, threshold=0.3) == EntropyAwareKL(threshold=0.3)
+
+
+def test_settings_of_loss_reach_their_divergence() -> None:
+    """Fields of the section, and loss.options for what is in none."""
+    assert divergence_of(LossConfig(divergence="jsd", beta=0.3)) == GeneralisedJSD(0.3)
+    assert divergence_of(LossConfig(divergence="kl_mixture", options={"forward_weight": 0.9})) == KLMixture(0.9)
+    assert parameters_of(EntropyAwareKL) == {"threshold", "forward_weight"}
 
 
 def test_unknown_name_gets_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown divergence 'revers_kl': did you mean 'reverse_kl'\? known are "):
+    with pytest.raises(ValueError, match=r"unknown divergence 'revers_kl': did you mean reverse_kl\? known are "):
         make_divergence("revers_kl")
 
 
@@ -233,8 +295,13 @@ def test_unknown_name_gets_the_nearest() -> None:
         ("skew_forward_kl", "alpha", 1.0),
         ("skew_reverse_kl", "alpha", -0.1),
         ("alpha_divergence", "alpha", 2.0),
+        ("kl_mixture", "forward_weight", 1.5),
+        ("kl_mixture", "forward_weight", -0.5),
+        ("entropy_aware_kl", "threshold", -0.1),
+        ("entropy_aware_kl", "forward_weight", -1.0),
+        ("clipped_forward_kl", "clip", 0.0),
     ],
 )
 def test_parameter_out_of_range(name: str, parameter: str, bad: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} needs 0 <= {parameter}"):
+    with pytest.raises(ValueError, match=rf"{name} needs (0 <= )?{parameter} (>|<).*, got {bad}"):
         make_divergence(name, **{parameter: bad})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,15 +31,6 @@ from s2w.objectives.kernel import (
     divergence_loss,
     divergence_values,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are small: a second thread would only wait for a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -102,10 +92,11 @@ def test_gradcheck(name: str, signal: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(FORMULAS) - {"adaptive_kl"}))
 @pytest.mark.parametrize("by", ["teacher", "student"])
 def test_sparse_value_is_a_lower_bound_and_exact_at_the_whole_vocabulary(name: str, by: str) -> None:
+    """A lower bound for f-divergences alone."""
     for seed in range(10):
         problem = Problem(rows=20, seed=seed)
         exact = problem.loss(problem.teacher, build(name))
-        for k in (1, 5, 20, VOCAB - 1):
+        for k in (1, 5, 20, VOCAB - 1) if build(name).is_f_divergence else ():
             assert (problem.loss(problem.sparse(k, by), build(name)).values <= exact.values + 1e-12).all()
         whole = problem.loss(problem.sparse(VOCAB, by), build(name))
         assert_same([whole.loss, whole.values], [exact.loss, exact.values])
@@ -410,7 +401,7 @@ def test_no_rows() -> None:
 def test_refusals() -> None:
     problem = Problem()
     tokens, _, _ = sampled(problem)
-    with pytest.raises(ValueError, match="signal 'sampled' cannot carry forward_kl: "):
+    with pytest.raises(ValueError, match="signal 'sampled' does not support forward_kl: "):
         problem.loss(tokens, ForwardKL())
     with pytest.raises(ValueError, match="sampled tokens hold no distribution"):
         divergence_values(problem.hidden, problem.head, tokens, [("kl", ReverseKL())], vocab_size=VOCAB)

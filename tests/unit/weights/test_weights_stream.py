@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from memory_segments import open_segments
 from safetensors.torch import load_file
 from tiny_models import KINDS, Kind, make_checkpoint, make_model
 from transformers import AutoModelForCausalLM
@@ -22,20 +19,6 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from s2w.weights.shm import ALIGNMENT, Segment, read_segment
 from s2w.weights.stream import CheckpointStream
 from s2w.weights.transfer import NcclTransfer, SharedMemoryTransfer
-
-MEMORY_FILES = "s2w-weights"
-
-
-def open_segments() -> int:
-    """Segments that this process holds."""
-    files = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        try:
-            if MEMORY_FILES in os.readlink(descriptor):
-                files.add(descriptor.stat().st_ino)  # The mapping has a descriptor of its own.
-        except FileNotFoundError:  # The descriptor of the listing itself.
-            continue
-    return len(files)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,27 +80,6 @@ def test_segment_round_trip(dtype: torch.dtype) -> None:
         assert torch.equal(read[name], tensor), name
     with pytest.raises(FileNotFoundError, match="on one node"):
         read_segment(info)
-
-
-def test_another_process_reads_a_private_copy() -> None:
-    model = make_model("tied", seed=0)
-    stream = CheckpointStream(model, model.named_parameters, torch.float32)
-    segment = Segment(stream.metadata())
-    segment.write(stream)
-    code = (
-        "import json, sys; from s2w.weights.shm import read_segment\n"
-        "total = 0.0\n"
-        "for _, tensor in read_segment(json.loads(sys.argv[1])):\n"
-        "    total += tensor.double().sum().item(); tensor.zero_()\n"
-        "print(total)"
-    )
-    output = subprocess.run([sys.executable, "-c", code, json.dumps(segment.info)], capture_output=True, check=True)
-    # The same sums in the same order, float64: equal but for the order inside a sum (threads), 1e-9.
-    expected = sum(p.double().sum().item() for p in model.parameters())
-    assert float(output.stdout) == pytest.approx(expected, abs=1e-9)
-    assert all(
-        torch.equal(read, p) for (_, read), p in zip(read_segment(segment.info), model.parameters(), strict=True)
-    )
 
 
 def test_all_swaps_use_the_same_memory() -> None:
