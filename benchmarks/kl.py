@@ -182,7 +182,7 @@ def work(variant: str, size: Size, arguments: argparse.Namespace) -> dict[str, A
 def run(variant: str, size: str, arguments: argparse.Namespace, actor: bool) -> dict[str, Any]:
     """Runs one variant in a fresh process, with the environment of an actor to time it, or as it is for its memory;
     ``error`` holds the last line of what stopped it."""
-    from s2w.hardware import cpu_environment  # not at the top: the peers' interpreter has no s2w
+    from s2w.actors.hardware import cpu_environment  # not at the top: the peers' interpreter has no s2w
 
     python = arguments.peers_python if variant in ("liger", "trl") else sys.executable
     if python is None:

@@ -37,7 +37,7 @@ from typing import Any
 from s2w.actors.hardware import core_count, resolve_dtype
 from s2w.actors.vllm import actor_options, prepare_process
 from s2w.config.compose import compose
-from s2w.config.schema import Config, SignalKind
+from s2w.config.schema import Config
 from s2w.errors import ConfigError
 from s2w.launch.check import check
 from s2w.models.student import materialise_student
@@ -357,7 +357,7 @@ def check_comparable(config: Config) -> None:
         "loop.max_staleness": (config.loop.max_staleness, 0),
         "loop.eval_every": (config.loop.eval_every, 0),
         "loop.checkpoint_every": (config.loop.checkpoint_every, 0),
-        "signal.kind": (config.signal.kind, SignalKind.hidden),
+        "signal.kind": (config.signal.kind, "hidden"),
         "loss.divergence": (config.loss.divergence, "forward_kl"),
         "loss.temperature": (config.loss.temperature, 1.0),
     }

@@ -34,10 +34,11 @@ import ray
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from s2w.actors.calls import each
 from s2w.config.schema import Config, SignalConfig
 from s2w.learner.group import LearnerGroup
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Prompt, Rollout, Scored, TeacherSignal
+from s2w.records import Prompt, Request, Rollout, Scored, TeacherSignal
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.pool import TeacherPool
 from s2w.teacher.signal import encode
@@ -252,8 +253,9 @@ async def measure_learner(
             await group.step(batch, number)
 
         async def swap() -> None:
-            for part in ("prepare", "connect", "send"):
-                await group.send_weights(part, *([{0: 1}] if part == "prepare" else []))
+            await group.prepare_weights({0: 1})
+            await group.connect_weights()
+            await group.send_weights()
 
         async def save() -> None:
             await group.save(root, 3, {}, keep=1)
@@ -346,7 +348,7 @@ async def measure_rollout(config: Config, path: Path, dtype: str, vocab: int) ->
         prompts = [
             Prompt(f"memory/{i}", (), draw.integers(5, 20, 64, dtype=np.int32), "think", seed=i) for i in range(8)
         ]
-        await asyncio.gather(*(pool.generate(prompt, sample) for prompt in prompts for sample in range(4)))
+        await each([Request(prompt, sample) for prompt in prompts for sample in range(4)], pool.generate)
     finally:
         await pool.shutdown()
 

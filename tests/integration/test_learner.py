@@ -18,13 +18,13 @@ from tiny_models import VOCAB_SIZE, Kind, make_checkpoint
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from s2w.config.schema import Config, Objective, Schedule, SignalKind
+from s2w.config.schema import Config
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerError, LearnerGroup, LearnerStep
 from s2w.learner.messages import NonFiniteError, SignalLostError
 from s2w.learner.schedule import learning_rate
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Mode, Prompt, Rollout, Scored, TeacherSignal
+from s2w.records import Mode, Prompt, Rollout, Scored, SignalKind, TeacherSignal
 
 # Ray's workers cannot import this file.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     learner = config.learner
     learner.ranks, learner.threads, learner.cpus = 2, 1, 1.0
     learner.learning_rate, learner.weight_decay, learner.max_grad_norm = 1e-3, 0.1, MAX_GRAD_NORM
-    learner.schedule, learner.warmup_steps, learner.min_lr_ratio = Schedule.cosine, 1, 0.1
+    learner.schedule, learner.warmup_steps, learner.min_lr_ratio = "cosine", 1, 0.1
     learner.tokens_per_micro_batch = 60
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -113,8 +113,8 @@ def make_sample(teacher: PreTrainedModel, generator: np.random.Generator, uid: s
     return with_payload(rollout, {"hidden": hidden.contiguous().numpy(), "dtype": "float32"})
 
 
-def with_payload(rollout: Rollout, payload: dict[str, Any], kind: SignalKind = SignalKind.hidden) -> Scored:
-    signal = TeacherSignal(kind.value, len(rollout.token_ids), ray.put(payload), 0, 0, 0.0, 0.0, 0)
+def with_payload(rollout: Rollout, payload: dict[str, Any], kind: SignalKind = "hidden") -> Scored:
+    signal = TeacherSignal(kind, len(rollout.token_ids), ray.put(payload), 0, 0, 0.0, 0.0, 0)
     return Scored(rollout, signal)
 
 
@@ -278,7 +278,7 @@ def skip_a_step(world: World, samples: list[Scored], step: int) -> None:
     assert update.skipped == (
         f"step {step + 1}: the gradient is not finite (that of {heavy.rollout.uid}), and the update is left out"
     )
-    assert update.grad_norm == np.inf and np.isfinite(update.means.divergence)
+    assert update.grad_norm == np.inf and np.isfinite(update.metrics["divergence"])
 
 
 def check_report(report: LearnerStep, samples: list[Scored]) -> None:
@@ -286,13 +286,18 @@ def check_report(report: LearnerStep, samples: list[Scored]) -> None:
     lengths = {mode: 0 for mode in ("no_think", "think")}
     for sample in samples:
         lengths[sample.rollout.prompt.mode] += int(learned(sample).sum())
-    assert {mode: means.tokens for mode, means in report.by_mode.items()} == lengths
-    assert report.means.tokens == sum(lengths.values())
-    for name in ("divergence", "student_entropy", "teacher_entropy", "agreement"):
-        mean = sum(getattr(means, name) * means.tokens for means in report.by_mode.values()) / report.means.tokens
-        assert getattr(report.means, name) == pytest.approx(mean, rel=1e-9)
-    assert report.means.divergence == pytest.approx(report.loss, rel=1e-5)
-    assert 0 < report.means.teacher_entropy < np.log(VOCAB_SIZE)
+    assert report.by_mode.keys() == lengths.keys() and report.left_out == 0
+    assert report.tokens == sum(lengths.values())
+    assert set(report.metrics) == {"divergence", "student_entropy", "teacher_entropy", "agreement"}
+    for name, mean in report.metrics.items():
+        by_mode = {mode: values[name] * lengths[mode] for mode, values in report.by_mode.items()}
+        assert mean == pytest.approx(sum(by_mode.values()) / report.tokens, rel=1e-9)
+        # Each sample's own sum, in the order of the samples.
+        for mode, expected in by_mode.items():
+            own = [i for i, sample in enumerate(samples) if sample.rollout.prompt.mode == mode]
+            assert report.sums[name][own].sum() == pytest.approx(expected, rel=1e-9)
+    assert report.metrics["divergence"] == pytest.approx(report.loss, rel=1e-5)
+    assert 0 < report.metrics["teacher_entropy"] < np.log(VOCAB_SIZE)
     assert report.signal_bytes == sum(len(sample.rollout.token_ids) for sample in samples) * 4 * 128
     assert report.micro_batches > 1
 
@@ -355,8 +360,8 @@ def test_topk_of_the_whole_vocabulary_is_exact(world: World, references: dict[st
             "log_probs": top.values.numpy(),
             "log_tail": np.full(len(top.values), -np.inf, np.float32),
         }
-        samples.append(with_payload(sample.rollout, payload, SignalKind.topk))
-    world.group.config.signal.kind = SignalKind.topk
+        samples.append(with_payload(sample.rollout, payload, "topk"))
+    world.group.config.signal.kind = "topk"
     group = world.build("tied", 1)
     assert world.run(group.step(samples, 0)).loss == pytest.approx(references["tied"].losses[0], rel=1e-5)
 
@@ -370,18 +375,18 @@ def test_sampled(world: World) -> None:
         with torch.no_grad():
             log_p, log_q = (log_probs(m, sample).gather(1, ids)[:, 0] for m in (world.teacher, student))
         rollout = replace(sample.rollout, log_probs=log_q.numpy())
-        samples.append(with_payload(rollout, {"log_probs": log_p.numpy()}, SignalKind.sampled))
+        samples.append(with_payload(rollout, {"log_probs": log_p.numpy()}, "sampled"))
         gap += (log_q - log_p)[learned(sample)].sum().item()
         tokens += int(learned(sample).sum())
     config = world.group.config
-    config.signal.kind, config.loss.divergence = SignalKind.sampled, "reverse_kl"
+    config.signal.kind, config.loss.divergence = "sampled", "reverse_kl"
     group = world.build("tied", 1)
     values = world.run(group.evaluate(samples, ["forward_kl", "reverse_kl"]))
     assert np.isnan(values["forward_kl"])
     assert values["reverse_kl"] == pytest.approx(gap / tokens, rel=1e-4)
     report = world.run(group.step(samples, 0))
-    assert report.means.divergence == pytest.approx(gap / tokens, rel=1e-4)
-    assert np.isnan(report.means.agreement)
+    assert report.metrics["divergence"] == pytest.approx(gap / tokens, rel=1e-4)
+    assert np.isnan(report.metrics["agreement"])
 
 
 def test_sampled_with_discount_and_stale_tokens(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,9 +403,7 @@ def test_sampled_with_discount_and_stale_tokens(world: World, monkeypatch: pytes
             log_p = log_probs(world.teacher, sample).gather(1, ids)[:, 0]
         drawn = log_q.detach() + torch.from_numpy(0.3 * generator.standard_normal(len(ids))).float()
         samples.append(
-            with_payload(
-                replace(sample.rollout, log_probs=drawn.numpy()), {"log_probs": log_p.numpy()}, SignalKind.sampled
-            )
+            with_payload(replace(sample.rollout, log_probs=drawn.numpy()), {"log_probs": log_p.numpy()}, "sampled")
         )
         ratio, rewards = (log_q.detach() - drawn)[mask].exp().clamp_max(limit), (log_p - log_q.detach())[mask]
         limited += int((ratio == limit).sum())
@@ -412,7 +415,7 @@ def test_sampled_with_discount_and_stale_tokens(world: World, monkeypatch: pytes
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM).item()
 
     config = world.group.config
-    config.signal.kind, config.loss.divergence = SignalKind.sampled, "reverse_kl"
+    config.signal.kind, config.loss.divergence = "sampled", "reverse_kl"
     monkeypatch.setattr(config.loss, "discount", discount)
     monkeypatch.setattr(config.loss, "importance_limit", limit)
     group = world.build("tied", 1)
@@ -477,13 +480,13 @@ def test_other_objectives(world: World, objective: str) -> None:
     config.teachers = {"other": {"model": str(other_path), "modes": ["no_think"]}}
     config.reward.clip_low, config.reward.clip_high = clip
     config.reward.weight = beta if objective == "kdrl" else 0.0
-    config.loss.objective = Objective.divergence if objective == "kdrl" else Objective(objective)
-    config.signal.kind, config.loss.divergence = SignalKind.hidden, "forward_kl"
+    config.loss.objective = objective
+    config.signal.kind, config.loss.divergence = "hidden", "forward_kl"
     try:
         group = world.build("tied", 2)
         report = world.run(group.step(samples, 0))
     finally:
-        config.teachers, config.loss.objective, config.reward.weight = {}, Objective.divergence, 0.0
+        config.teachers, config.loss.objective, config.reward.weight = {}, "divergence", 0.0
     assert report.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
     assert report.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 

@@ -26,11 +26,11 @@ from s2w.config.compose import compose
 from s2w.errors import ConfigError
 from s2w.launch.check import check
 from s2w.launch.job import Job
+from s2w.launch.phases import run_off_policy
 from s2w.launch.train import train
 from s2w.models.student import student_reference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
-from s2w.off_policy import run_phase
 from s2w.records import Rollout, Scored
 from s2w.teacher_data.batches import ResponseStream, split
 from s2w.teacher_data.collect import TeacherResponses, collect
@@ -109,7 +109,7 @@ class Story:
     def responses(self) -> list[Response]:
         """Those that passed the filters; nothing is generated for it."""
         config = compose([*self.overrides, "run.resume=true"])
-        return asyncio.run(collect(config, check(config), "cpu", self.directory / "off_policy", Progress(1, ""))).kept
+        return asyncio.run(collect(config, check(config), "cpu", self.directory / "off_policy", Progress({}))).kept
 
     def shards(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted((self.directory / "off_policy").glob("shard-*"))}
@@ -260,7 +260,7 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
             "off_policy.loss=divergence", "off_policy.steps=2",
         ]
     )  # fmt: skip
-    facts = check(config)
+    models = check(config)
     directory = Path(config.run.dir)
     student = student_reference(config.student, directory / "student", config.run.seed)
     recorder = Recorder(
@@ -268,14 +268,16 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
     )
     ray.init(include_dashboard=False, log_to_driver=False)
     try:
-        job = Job(config, facts, "cpu", directory, recorder, Progress(2, "forward_kl"))
-        last = asyncio.run(run_phase(job, student, TeacherResponses(job)))
+        progress = Progress({"off_policy": 2})
+        job = Job(config, models, {}, "cpu", directory, recorder, progress)
+        teacher_responses = TeacherResponses(config, models, "cpu", directory / "off_policy", progress)
+        last = asyncio.run(run_off_policy(job, student, teacher_responses))
     finally:
         ray.shutdown()
     assert not list((directory / "off_policy").glob("shard-*"))
     first, second = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert last.resolve().name == "step_000002" and second["step"] == 2
-    responses = split(read_dataset(config, facts), 4, seed=0)
+    responses = split(read_dataset(config, models), 4, seed=0)
     teachers = {"think": load(world.teacher), "no_think": load(world.other_teacher)}
 
     def loss(path: Path, chosen: list[Response]) -> float:
@@ -303,7 +305,7 @@ def test_an_empty_set_is_refused_with_its_table(story: Story, world: World) -> N
     )  # fmt: skip
     directory = Path(config.run.dir)
     with pytest.raises(ConfigError, match=r"(?s)none of the teacher's responses .*- length +20  100\.0%.*kept +0"):
-        asyncio.run(collect(config, check(config), "cpu", directory, Progress(1, "")))
+        asyncio.run(collect(config, check(config), "cpu", directory, Progress({})))
     assert pq.read_table(directory / "dropped.parquet")["reason"].to_pylist() == ["length"] * RESPONSES
 
 

@@ -22,7 +22,7 @@ from s2w.actors.failures import reason
 from s2w.config.schema import RolloutConfig
 from s2w.errors import ConfigError, RequestRefusedError
 from s2w.models.checkpoint import ModelReference, resolve_path
-from s2w.records import Mode, Prompt, Rollout
+from s2w.records import Mode, Prompt, Request, Rollout
 from s2w.rollout.engine import ATTEMPTS
 from s2w.rollout.pool import RolloutPool
 
@@ -112,19 +112,19 @@ def make_prompts(count: int, mode: Mode = "no_think") -> list[Prompt]:
     ]
 
 
-async def sample_all(pool: RolloutPool, requests: list[tuple[Prompt, int]]) -> list[Rollout]:
-    return await asyncio.gather(*(pool.generate(prompt, sample) for prompt, sample in requests))
+async def sample_all(pool: RolloutPool, requests: list[Request]) -> list[Rollout]:
+    return await asyncio.gather(*(pool.generate(request) for request in requests))
 
 
 @pytest.mark.parametrize("mode", ["no_think", "think"])
 def test_log_probs_are_those_of_the_sampled_distribution(
     pool: RolloutPool, model_path: Path, loop: asyncio.AbstractEventLoop, mode: Mode
 ) -> None:
-    requests = [(prompt, sample) for prompt in make_prompts(3, mode) for sample in range(4)]
+    requests = [Request(prompt, sample) for prompt in make_prompts(3, mode) for sample in range(4)]
     rollouts = loop.run_until_complete(sample_all(pool, requests))
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    for (prompt, sample), rollout in zip(requests, rollouts, strict=True):
-        assert (rollout.prompt.uid, rollout.sample) == (prompt.uid, sample)
+    for request, rollout in zip(requests, rollouts, strict=True):
+        assert (rollout.prompt.uid, rollout.sample, rollout.uid) == (request.prompt.uid, request.sample, request.uid)
         n = len(rollout.token_ids)
         ended = rollout.token_ids[-1] in (*STOP_IDS, EOS)
         assert rollout.finish_reason == ("stop" if ended else "length")
@@ -158,7 +158,7 @@ def test_open_think_blocks_are_closed_at_the_budget(
     pool: RolloutPool, model_path: Path, loop: asyncio.AbstractEventLoop
 ) -> None:
     inserted = AutoTokenizer.from_pretrained(model_path)(CONFIG.stop_thinking)["input_ids"]
-    requests = [(prompt, sample) for prompt in make_prompts(4, "think") for sample in range(16)]
+    requests = [Request(prompt, sample) for prompt in make_prompts(4, "think") for sample in range(16)]
     seen = {"ended": 0, "closed": 0, "forced": 0}
     for rollout in loop.run_until_complete(sample_all(pool, requests)):
         ids, thinking = rollout.token_ids, rollout.token_ids[:BUDGET]
@@ -183,7 +183,7 @@ def test_a_call_may_set_its_own_budget(pool: RolloutPool, loop: asyncio.Abstract
     prompts = make_prompts(8, "think")
 
     async def sample(budget: int) -> list[Rollout]:
-        return await asyncio.gather(*(pool.generate(prompt, 0, budget) for prompt in prompts))
+        return await sample_all(pool, [Request(prompt, thinking_budget=budget) for prompt in prompts])
 
     starts = {start for rollout in loop.run_until_complete(sample(3)) for start, _ in rollout.forced}
     assert starts == {3}
@@ -191,11 +191,18 @@ def test_a_call_may_set_its_own_budget(pool: RolloutPool, loop: asyncio.Abstract
     assert all(rollout.forced == () for rollout in loop.run_until_complete(sample(CONFIG.max_tokens)))
 
 
+def test_a_call_may_set_its_own_length(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    requests = [Request(prompt, max_tokens=5) for prompt in make_prompts(8)]
+    rollouts = loop.run_until_complete(sample_all(pool, requests))
+    assert {rollout.finish_reason for rollout in rollouts if len(rollout.token_ids) == 5} >= {"length"}
+    assert max(len(rollout.token_ids) for rollout in rollouts) == 5
+
+
 @pytest.mark.parametrize("mode", ["no_think", "think"])
 def test_samples_of_a_prompt_differ_and_seeds_repeat_them(
     pool: RolloutPool, loop: asyncio.AbstractEventLoop, mode: Mode
 ) -> None:
-    requests = [(make_prompts(1, mode)[0], sample) for sample in range(6)]
+    requests = [Request(make_prompts(1, mode)[0], sample) for sample in range(6)]
     first = loop.run_until_complete(pool.generate_batch(requests))
     again = loop.run_until_complete(pool.generate_batch(requests))
     assert len({tuple(rollout.token_ids) for rollout in first}) == 6
@@ -210,17 +217,17 @@ def test_refused_requests_fail_at_once_and_alone(pool: RolloutPool, loop: asynci
     bad = replace(good[0], uid="too long", token_ids=np.ones(128, np.int32))
     sentence = r"engine \d does not take prompt 'too long', sample 0: max_tokens must be at least 1, got 0"
     with pytest.raises(RequestRefusedError, match=sentence) as caught:
-        loop.run_until_complete(asyncio.wait_for(pool.generate(bad, 0), 60))
+        loop.run_until_complete(asyncio.wait_for(pool.generate(Request(bad)), 60))
     assert reason(caught.value).startswith("rollout engine")
-    requests = [(prompt, 0) for prompt in (good[0], good[1], bad, bad, good[2])]
+    requests = [Request(prompt) for prompt in (good[0], good[1], bad, bad, good[2])]
     with pytest.raises(RequestRefusedError, match=sentence):
         loop.run_until_complete(asyncio.wait_for(pool.generate_batch(requests), 60))
-    rollouts = loop.run_until_complete(asyncio.wait_for(pool.generate_batch([(good[0], 0), (good[1], 0)]), 60))
+    rollouts = loop.run_until_complete(asyncio.wait_for(pool.generate_batch([Request(good[0]), Request(good[1])]), 60))
     assert [rollout.prompt.uid for rollout in rollouts] == [good[0].uid, good[1].uid]
 
 
 def test_stop_ids_end_a_response(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
-    requests = [(prompt, sample) for prompt in make_prompts(4) for sample in range(8)]
+    requests = [Request(prompt, sample) for prompt in make_prompts(4) for sample in range(8)]
     rollouts = loop.run_until_complete(sample_all(pool, requests))
     stopped = [rollout for rollout in rollouts if rollout.token_ids[-1] in STOP_IDS]
     # Each token is one of 20 of 512 ids.
@@ -229,7 +236,7 @@ def test_stop_ids_end_a_response(pool: RolloutPool, loop: asyncio.AbstractEventL
 
 
 def test_load_is_shared(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
-    requests = [(prompt, 0) for prompt in make_prompts(8)]
+    requests = [Request(prompt) for prompt in make_prompts(8)]
     rollouts = loop.run_until_complete(sample_all(pool, requests))
     engines = [rollout.engine for rollout in rollouts]
     assert engines.count(0) == engines.count(1) == 4
@@ -248,14 +255,14 @@ def test_a_response_that_an_engine_gives_up_is_sampled_again(
 
     async def generate(aborts: int) -> Rollout:
         """With so many requests given up one after the other, before they have begun."""
-        await pool.receive_weights(0, "pause")
+        await pool.receivers()[0].pause()
         try:
-            call = asyncio.ensure_future(engine.generate.remote(prompt, 0))
+            call = asyncio.ensure_future(engine.generate.remote(Request(prompt)))
             for _ in range(aborts):
                 while not await engine.__ray_call__.remote(abort):
                     await asyncio.sleep(0.01)
         finally:
-            await pool.receive_weights(0, "resume")
+            await pool.receivers()[0].resume()
         return await call
 
     expected, again = (loop.run_until_complete(generate(aborts)) for aborts in (0, ATTEMPTS - 1))
@@ -290,8 +297,8 @@ def test_calls_of_an_engine_that_dies_end_within_seconds(pool: RolloutPool, loop
         calls = [
             asyncio.ensure_future(call)
             for call in (
-                pool.receive_weights(1, "pause"),
-                engine.generate.remote(make_prompts(1)[0], 0),
+                pool.receivers()[1].pause(),
+                engine.generate.remote(Request(make_prompts(1)[0])),
                 engine.log_probs.remote(make_prompts(1)[0].token_ids),
             )
         ]

@@ -21,7 +21,7 @@ from tiny_models import Kind, make_checkpoint
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from s2w.actors.vllm import actor_options
-from s2w.config.schema import SignalConfig, SignalKind, TeacherConfig
+from s2w.config.schema import SignalConfig, TeacherConfig
 from s2w.models.head import load_head
 from s2w.records import Prompt, Rollout, TeacherSignal, VersionSpan
 from s2w.teacher.engine import TeacherEngine
@@ -283,7 +283,7 @@ def make_pool(model: Path, replicas: int, **settings: Any) -> TeacherPool:
     config = TeacherConfig(
         model=str(model), replicas=replicas, max_batched_tokens=64, enforce_eager=True, threads=1, **settings
     )
-    signal = SignalConfig(kind=SignalKind.topk, top_k=TOP_K)
+    signal = SignalConfig(kind="topk", top_k=TOP_K)
     return TeacherPool(config, signal, 1.5, device="cpu", dtype="float32", max_model_len=MAX_LEN, vocab_size=VOCAB)
 
 

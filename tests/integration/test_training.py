@@ -30,8 +30,8 @@ from s2w.config.schema import Config
 from s2w.errors import ConfigError
 from s2w.launch.train import train
 from s2w.learner.group import LearnerGroup, LearnerStep
-from s2w.records import Prompt, Rollout, Scored
-from s2w.rollout.pool import RolloutPool
+from s2w.records import Request, Rollout, Scored
+from s2w.rollout.pool import RemoteReceiver, RolloutPool
 from s2w.weights.publish import SwapReport
 
 COMMON = [
@@ -290,14 +290,14 @@ def hold_half_of_each_batch(patch: pytest.MonkeyPatch, size: int, longest: int) 
     calls = 0
     generate, step, publish = RolloutPool.generate, LearnerGroup.step, controller.publish
 
-    async def held(self: RolloutPool, prompt: Prompt, sample: int, budget: int | None = None) -> Rollout:
+    async def held(self: RolloutPool, request: Request) -> Rollout:
         nonlocal calls
-        if "/train/" in prompt.uid:
+        if "/train/" in request.prompt.uid:
             batch, position = divmod(calls, size)
             calls += 1
             if batch and position % 2:
                 await begun["learn" if position == 1 else "swap", batch].wait()
-        return await generate(self, prompt, sample, budget)
+        return await generate(self, request)
 
     async def telling(self: LearnerGroup, samples: list[Scored], number: int) -> LearnerStep:
         begun["learn", number + 1].set()
@@ -307,14 +307,14 @@ def hold_half_of_each_batch(patch: pytest.MonkeyPatch, size: int, longest: int) 
         """Tokens so far of the responses under way."""
         return [state.detokenizer.num_output_tokens() for state in engine.llm.output_processor.request_states.values()]
 
-    async def timely(learner: LearnerGroup, pool: RolloutPool, version: int, *rest: Any) -> SwapReport:
+    async def timely(learner: LearnerGroup, engines: dict[int, RemoteReceiver], version: int, *rest: Any) -> SwapReport:
         begun["swap", version].set()
         while 0 < version < STALE_STEPS:
-            under_way = [await engine.__ray_call__.remote(lengths) for engine in pool.engines]
+            under_way = [await engine.actor.__ray_call__.remote(lengths) for engine in engines.values()]
             if any(0 < tokens < longest // 2 for own in under_way for tokens in own):
                 break
             await asyncio.sleep(0.01)
-        return await publish(learner, pool, version, *rest)
+        return await publish(learner, engines, version, *rest)
 
     patch.setattr(RolloutPool, "generate", held)
     patch.setattr(LearnerGroup, "step", telling)
