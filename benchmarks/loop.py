@@ -454,7 +454,7 @@ def show(report: dict[str, Any]) -> None:
         more = loop[stage] - parts.get(stage, 0.0)
         print(f"{stage:12}{loop[stage]:8.2f}{bare}{more:+8.2f}{notes.get(stage, '')}")
     print(f"{'step':12}{report['step_seconds']:8.2f}{report['parts_sum']:8.2f}{'':8}   ratio {report['ratio']:.2f}")
-    print(f"\n{tokens['response_per_second']:,.0f} response tokens a second")
+    print(f"\n{tokens['response_per_second']:,.0f} response tokens/s")
 
 
 def main() -> None:

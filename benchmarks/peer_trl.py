@@ -14,7 +14,7 @@ in its own process (vllm_mode="colocate"), and the faster one counts; one that f
 no setting for the dtype of its vLLM, and vLLM then takes bfloat16, which a CPU without AMX or AVX512-BF16 emulates.
 
 A rate is completion tokens over the wall time of the step (generation, scoring, update, and for s2w the swap); the
-median over the steps after the first. The held-out KL is forward, in nats a token, on each side's own samples.
+median over the steps after the first. The held-out KL is forward, in nats/token, on each side's own samples.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python peer_trl_side.py JOB RESULT
 
 JOB is the JSON that peer_trl.py writes. RESULT becomes JSON: ``seconds`` and ``completion_tokens`` of each step, and
-``heldout``, the forward KL in nats a token ``before`` the first and ``after`` the last step (a mean over batches, each
+``heldout``, the forward KL in nats/token ``before`` the first and ``after`` the last step (a mean over batches, each
 a mean over its tokens); ``versions`` of the packages.
 """
 

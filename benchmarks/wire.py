@@ -230,7 +230,7 @@ def main() -> None:
     )
     for error in errors:
         print(
-            f"hidden rows in {error['dtype']}, {error['bytes_per_token']} bytes a token: KL {error['mean_kl']:.1e} "
+            f"hidden rows in {error['dtype']}, {error['bytes_per_token']} bytes/token: KL {error['mean_kl']:.1e} "
             f"nats on average, {error['largest_kl']:.1e} at most, over {error['tokens']} tokens"
         )
     if options.json:

@@ -68,7 +68,7 @@ def cost(cls: type[Objective]) -> str:
     if cls.signals:
         parts.append("the teacher's forward pass over them")
     if cls.teacher_log_probs:
-        parts.append("4 bytes a token beside the signal")
+        parts.append("4 bytes/token beside the signal")
     if cls.needs_reference is not Objective.needs_reference:
         parts.append("with a reference, a further engine's forward pass and signal")
     if cls.next_length_limit is not Objective.next_length_limit:

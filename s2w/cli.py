@@ -21,7 +21,7 @@ usage:
                              KL update -> hot swap
   s2w train --help           every setting, its default and its meaning; the ready experiments
   s2w generate [OVERRIDE ...]
-                             only the teacher's responses of the off-policy phase, filtered; settings as of train
+                             only the teacher's responses of the off-policy phase, filtered; same settings as train
   s2w eval model=MODEL [OVERRIDE ...] [--json FILE]
                              pass@1, pass@k, mode adherence and length of a checkpoint, by mode
   s2w eval --help            every setting of it
@@ -29,15 +29,15 @@ usage:
                              one page about a run directory, finished or not: figures, before and after, samples,
                              where the time went; it goes to RUN/report
   s2w signals RUN [--output FILE.png]
-                             what cheaper teacher signals would have said in a run with signal.bias_every: a table, and
+                             what cheaper teacher signals would have given in a run with signal.bias_every: a table, and
                              a figure in RUN/signals.png
   s2w --help                 this text
 
 OVERRIDE is Hydra's: a group (experiment=smollm2, teacher=qwen3_32b) or a setting (rollout.engines=2).
   --config-dir DIR           looks for groups in DIR too
-  --cfg                      prints the resolved configuration and does nothing else
+  --cfg                      only prints the resolved configuration
 
-SIGINT (Ctrl-C) or SIGTERM, in the background too, ends a run after the update or save under way, saves, and exits with
+SIGINT (Ctrl-C) or SIGTERM, even in the background, ends a run after the update or save under way, saves, and exits with
 130; a second one ends it at once, and the last checkpoint stands. run.resume=true continues.
 
 examples:

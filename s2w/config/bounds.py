@@ -73,10 +73,10 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         marks, null = ranges(hint), ", or null" if _takes_none(hint) else ""
         for one in _leaves(value):
             if isinstance(one, float) and not math.isfinite(one):
-                range_text = f": write {describe(hint)}{null}" if marks else ""
+                range_text = f": must be {describe(hint)}{null}" if marks else ""
                 raise ConfigError(f"{name}={value} is not a finite number{range_text}")
             if one is not None and not _allowed(one, marks):
-                raise ConfigError(f"{name}={value}: write {describe(hint)}{null}")
+                raise ConfigError(f"{name}={value}: must be {describe(hint)}{null}")
 
 
 def type_hints(kind: type) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def ranges(hint: Any) -> tuple[Any, ...]:
 
 
 def describe(hint: Any) -> str:
-    """The range of a type in words, to follow "write"; empty if it has none."""
+    """The range of a type in words, to follow "must be"; empty if it has none."""
     return ", or ".join(_words(mark) for mark in ranges(hint))
 
 
@@ -113,12 +113,10 @@ def _words(mark: Any) -> str:
         return f"{mark.value:g}"
     ge, gt, le, lt = _limits(mark)
     if le is not None:
-        return f"a number from {ge} to {le}" if gt is None else f"a number above {gt}, up to {le}"
+        return f"between {ge} and {le}" if gt is None else f"> {gt} and <= {le}"
     if lt is not None:
-        return f"{ge} or more, below {lt}" if gt is None else f"a number above {gt}, below {lt}"
-    if gt is not None:
-        return f"a number above {gt}"
-    return f"at least {ge}" if ge else "0 or more"
+        return f">= {ge} and < {lt}" if gt is None else f"> {gt} and < {lt}"
+    return f">= {ge}" if gt is None else f"> {gt}"
 
 
 def _allowed(value: Any, marks: tuple[Any, ...]) -> bool:

@@ -42,13 +42,13 @@ else:
         str,
         OneOf(
             think="With a think block.",
-            no_think="With an empty think block, or none where the chat template knows no thinking.",
+            no_think="With an empty think block, or none where the chat template has no thinking.",
         ),
     ]
     KindSetting = Annotated[
         str,
         OneOf(
-            hidden="Last hidden states: the exact distribution, 2 bytes x width a token (bf16).",
+            hidden="Last hidden states: the exact distribution, 2 bytes x width per token (bf16).",
             topk="The teacher's top_k most likely ids, exact log-probs and exact tail mass.",
             ids="The teacher's log-probs at the student's own top_k ids, with the tail mass.",
             sampled="The teacher's log-prob of the sampled token: reverse KL by policy gradient.",
@@ -58,8 +58,8 @@ else:
         str,
         OneOf(
             auto="In the teacher's own dtype.",
-            bfloat16="2 bytes a number.",
-            float8="e4m3 with a float32 scale a token: half of bfloat16; docs/signals.md has the error in nats.",
+            bfloat16="2 bytes per number.",
+            float8="e4m3 with a float32 scale per token: half of bfloat16; docs/signals.md has the error in nats.",
         ),
     ]
 
@@ -76,9 +76,9 @@ Preflight = Annotated[
     OneOf(
         "none",
         divergence="The learner ranks load the teacher as their student, and its divergence through the run's own "
-        "engines and wire must vanish. They need room for it, at the run's ZeRO stage.",
+        "engines and wire must be zero up to rounding. They need room for it, at the run's ZeRO stage.",
         log_probs="For teachers that the ranks cannot hold: what the learner decodes from the signals against the "
-        "log-probs of the teacher in a vLLM engine that generates, which starts and ends before the others.",
+        "log-probs of the teacher in a generating vLLM engine, which starts and ends before the others.",
     ),
 ]
 

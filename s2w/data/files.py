@@ -25,7 +25,7 @@ def read_rows(path: Path) -> list[Row]:
         raise ConfigError(f"There is no prompt file {str(path.absolute())!r}")
     found = list(rows(path))
     if not found:
-        raise ConfigError(f"{str(path)!r} holds no prompts")
+        raise ConfigError(f"{str(path)!r} contains no prompts")
     return found
 
 
@@ -37,7 +37,8 @@ def rows(file: Path) -> Iterator[Row]:
     """
     readers = {".jsonl": json_rows, ".parquet": parquet_rows, ".csv": csv_rows}
     if file.suffix not in readers:
-        raise ConfigError(f"{str(file)!r} is none of {', '.join(readers)}")
+        *others, last = readers
+        raise ConfigError(f"{str(file)!r} must end in {', '.join(others)} or {last}")
     yield from readers[file.suffix](file)
 
 
@@ -85,7 +86,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(f"{str(file)!r} is not a whole Parquet file: {reason}") from error
+        raise ConfigError(f"{str(file)!r} is not a complete Parquet file: {reason}") from error
 
 
 def _lines(file: Path, newline: str | None = None) -> Iterator[str]:

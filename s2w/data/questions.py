@@ -74,7 +74,7 @@ def read_row(where: str, row: Row) -> tuple[Question, str | None]:
         raise ConfigError(f"{where}: `response` is a string, not {response!r}")
     if messages[-1]["role"] == "assistant":
         if response is not None:
-            raise ConfigError(f"{where} has a `response` and ends with a message of the assistant's: leave one out")
+            raise ConfigError(f"{where} has a `response` and ends with an assistant message: remove one of them")
         *before, last = messages
         messages, response = tuple(before), last["content"]
     check_prompt(where, messages)
@@ -138,7 +138,7 @@ def as_prompts(
         seed: what the seed of each prompt's first sample is derived from, besides the question's uid.
 
     Raises:
-        ConfigError: the chat template cannot ask for a mode, or refuses the messages.
+        ConfigError: the chat template cannot ask for a mode, or rejects the messages.
     """
     texts = [render(tokenizer, question.messages, mode, chat_template_kwargs) for question, mode in questions]
     return [

@@ -75,7 +75,7 @@ def wilson(successes: int, trials: int) -> Estimate:
         ValueError: no trials, or ``successes`` not in 0 to ``trials``.
     """
     if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"{successes} of {trials} trials is no share")
+        raise ValueError(f"{successes} of {trials} trials is not a valid share")
     share, weight = successes / trials, Z_95**2 / trials
     centre = (share + weight / 2) / (1 + weight)
     half = Z_95 * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
@@ -110,7 +110,7 @@ def bootstrap_token_mean_change(
         ValueError: no responses, or not as many after as before.
     """
     if len(before[0]) != len(after[0]):
-        raise ValueError(f"{len(before[0])} responses before and {len(after[0])} after are no pairs")
+        raise ValueError(f"{len(before[0])} responses before and {len(after[0])} after cannot be paired")
     return _token_mean_interval([after, before], seed)
 
 

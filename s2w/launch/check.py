@@ -149,7 +149,7 @@ def _check_lengths(
             if scored[setting] and teacher.max_model_len is not None and teacher.max_model_len < tokens:
                 raise ConfigError(
                     f"{section(name)}.max_model_len={teacher.max_model_len} is less than data.max_prompt_tokens + "
-                    f"{setting} = {tokens}, which it scores: write at least {tokens}, or null"
+                    f"{setting} = {tokens}, which it has to score: must be >= {tokens}, or null"
                 )
     for name, teacher in teachers.items():
         context = checkpoints[name].max_model_len
@@ -219,26 +219,24 @@ def check_generation(config: Config, device: str, available: dict[str, float]) -
 def _check_combinations(config: Config) -> None:
     data = config.data
     if data.think_ratio_end is not None and data.think_ratio is None:
-        raise ConfigError(
-            f"data.think_ratio_end={data.think_ratio_end} without data.think_ratio: write where it starts"
-        )
+        raise ConfigError(f"data.think_ratio_end={data.think_ratio_end} needs data.think_ratio, its start value")
     if data.think_ratio is not None and len(data.modes) == 1:
         raise ConfigError(
-            f"data.think_ratio={data.think_ratio} mixes two modes, and data.modes has {data.modes[0]} alone: "
-            "leave one of them out"
+            f"data.think_ratio={data.think_ratio} mixes two modes, but data.modes has only {data.modes[0]}: "
+            "remove one of the settings"
         )
     if config.loop.steps == config.off_policy.steps == 0:
-        raise ConfigError("loop.steps=0 and off_policy.steps=0: there is nothing to do; give one of them steps")
+        raise ConfigError("loop.steps=0 and off_policy.steps=0: there is nothing to do: set one of them above 0")
     if config.run.deterministic and config.loop.max_staleness:
         raise ConfigError(
-            f"run.deterministic=true with loop.max_staleness={config.loop.max_staleness}: overlapped batches meet in "
-            "the engines differently each time; write loop.max_staleness=0"
+            f"run.deterministic=true with loop.max_staleness={config.loop.max_staleness}: overlapping batches mix "
+            "differently in the engines each time; write loop.max_staleness=0"
         )
     for name, teacher in teacher_settings(config).items():
         check_batches(section(name), teacher)
     check_batches("rollout", config.rollout)
     if config.student.init == "pruned" and config.student.keep_layers is None:
-        raise ConfigError("student.init=pruned: say how many layers to keep with student.keep_layers")
+        raise ConfigError("student.init=pruned: set student.keep_layers to the number of layers to keep")
 
 
 def check_batches(section: str, engine: TeacherConfig | RolloutConfig) -> None:
@@ -246,7 +244,7 @@ def check_batches(section: str, engine: TeacherConfig | RolloutConfig) -> None:
     if engine.max_batched_tokens is not None and engine.max_batched_tokens < engine.max_sequences:
         raise ConfigError(
             f"{section}.max_batched_tokens={engine.max_batched_tokens} is less than {section}.max_sequences="
-            f"{engine.max_sequences}, and each takes a token: write more tokens, or fewer sequences"
+            f"{engine.max_sequences}, but each sequence needs at least one token: raise the first or lower the second"
         )
 
 
@@ -279,7 +277,7 @@ def _check_loss(config: Config) -> None:
     if kind != "sampled" and (loss.discount or loss.importance_limit is not None):
         raise ConfigError(
             f"loss.discount and loss.importance_limit are for policy gradients from sampled tokens, and "
-            f"signal.kind={kind} has a distribution at each: write signal.kind=sampled, or leave them out"
+            f"signal.kind={kind} has a distribution at each token: write signal.kind=sampled, or leave them out"
         )
     support = signal_support(kind, loss.divergence)
     if support.strength == "not possible":
@@ -297,9 +295,9 @@ def _check_objective(config: Config, objective: Objective) -> None:
     what = f"loss.objective={objective.name}"
     objective.check(config)
     if reward.weight and objective.reward_needed == "unused":
-        raise ConfigError(f"{what} has no reward, and reward.weight={reward.weight}: write loss.objective=kdrl, or 0")
+        raise ConfigError(f"{what} uses no reward, but reward.weight={reward.weight}: write loss.objective=kdrl, or 0")
     if config.reference and not objective.needs_reference:
-        raise ConfigError(f"{what} has no reference model, and `reference` is set: leave it out")
+        raise ConfigError(f"{what} uses no reference model, but `reference` is set: remove it")
     if objective.groups and loop.samples_per_prompt < 2:
         raise ConfigError(
             f"{what} compares the responses to a prompt with each other: write loop.samples_per_prompt=2 or more"
@@ -405,8 +403,8 @@ def _check_preflight(config: Config) -> None:
     for name, teacher in teacher_settings(config).items():
         if way != "none" and (teacher.context is not None or teacher.system_prompt is not None):
             raise ConfigError(
-                f"run.preflight={way} compares what teachers say of the student's own prompts, and {section(name)} "
-                "reads others (context, system_prompt): write run.preflight=none"
+                f"run.preflight={way} compares teachers on the student's own prompts, but {section(name)} "
+                "reads other ones (context, system_prompt): write run.preflight=none"
             )
     if way == "log_probs" and kind != "hidden" and temperature != 1:
         raise ConfigError(
@@ -427,7 +425,7 @@ def _check_off_policy(config: Config) -> None:
     if scored and kind not in ("hidden", "topk"):
         raise ConfigError(
             f"{scored[0]} with signal.kind={kind}: the student has not sampled the teacher's "
-            "responses, so only hidden and topk say what is needed"
+            "responses, so only hidden and topk are supported"
         )
 
 
@@ -469,7 +467,7 @@ def _check_run_directory(config: Config) -> None:
     stored = directory / "config.yaml"
     if not stored.exists():
         if config.run.resume:
-            raise ConfigError(f"run.resume=true, but {directory} holds no run: there is no {stored}")
+            raise ConfigError(f"run.resume=true, but {directory} contains no run: there is no {stored}")
         return
     may_change = set(resumable(Config))
     for name, before, now in _differences(OmegaConf.to_container(OmegaConf.load(stored)), _plain(config)):
@@ -494,7 +492,7 @@ def check_writable(setting: str, directory: Path) -> None:
     if not nearest.is_dir():
         raise ConfigError(f"{setting}={directory}: {nearest} is a file, not a directory: choose another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{setting}={directory}: {nearest} may not be written: choose another one")
+        raise ConfigError(f"{setting}={directory}: {nearest} is not writable: choose another one")
 
 
 def _plain(config: Config) -> Any:

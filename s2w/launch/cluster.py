@@ -106,7 +106,7 @@ def check_address(cluster: ClusterConfig) -> None:
     except (OSError, grpc.FutureTimeoutError, grpc.RpcError) as error:
         if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAUTHENTICATED:
             return  # A cluster; ray.init says what is wrong with the token.
-        reason = error.strerror or str(error) if isinstance(error, OSError) else "what listens there is something else"
+        reason = error.strerror or str(error) if isinstance(error, OSError) else "something else is listening there"
         raise ConfigError(
             f"{setting}={address or 'null'}: no Ray cluster answers at {host}:{port} ({reason}): {hint}"
         ) from error

@@ -75,7 +75,7 @@ def evaluate(run: EvalRun) -> EvalReport:
             f"model's context of {checkpoint.max_model_len}: write a smaller rollout.max_tokens"
         )
     log = output.with_suffix(".error.log") if output else Path(tempfile.gettempdir(), f"s2w-eval-{os.getpid()}.log")
-    with reported(log, lambda: "no report was written: start it again"):
+    with reported(log, lambda: "no report was written: run it again"):
         with connected(run.cluster) as (device, resources):
             _check_resources(run.rollout, device, resources)
             rollouts = run_stoppable(_sample(run, checkpoint, device, length, requests))
@@ -106,7 +106,7 @@ def _check_samples(run: EvalRun) -> None:
     evaluation = run.eval
     check_batches("rollout", run.rollout)
     if not evaluation.k:
-        raise ConfigError("eval.k=[]: write at least one k, as [1]")
+        raise ConfigError("eval.k=[]: give at least one k, such as [1]")
     if (k := max(evaluation.k)) > evaluation.samples:
         raise ConfigError(f"eval.k asks for pass@{k}, which needs {k} samples, and eval.samples={evaluation.samples}")
     if run.rollout.temperature == 0 and evaluation.samples > 1:
@@ -124,7 +124,7 @@ def _settings(run: EvalRun, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Mo
         if budget is not None:
             check_thinking_budget(budget, name, run.rollout, tokenizer)
     if budgets and "think" not in modes:
-        raise ConfigError("eval.thinking_budgets needs think mode, which eval.modes leaves out")
+        raise ConfigError("eval.thinking_budgets needs think mode, which is not in eval.modes")
     settings: list[tuple[Mode, int | None]] = []
     for mode in dict.fromkeys(modes):
         own = dict.fromkeys(budgets or [run.rollout.thinking_budget]) if mode == "think" else [None]

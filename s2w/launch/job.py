@@ -75,7 +75,7 @@ def run_to_its_end(work: Coroutine[Any, Any, None], directory: Path, progress: P
     """
 
     def stopping() -> None:
-        progress.say("stopping after what is under way, to save it; a second signal ends the run at once")
+        progress.say("finishing and saving the work in progress; a second signal stops the run at once")
 
     try:
         with reported(directory / LOG, lambda: saved(directory)):

@@ -5,7 +5,7 @@ Two ways, depending on what the learner ranks have room for:
 ``divergence``
     The ranks load the teacher's checkpoint as their student. The run's rollout engines answer held-out prompts, its
     teacher scores them, the signals go through the run's wire, and the divergence of a student that is its own teacher
-    must vanish.
+    must be zero up to rounding.
 ``log_probs``
     For teachers that the ranks cannot hold. A vLLM engine in the generate runner gives the teacher's log-probs of
     held-out prompts, and is stopped; then the learner decodes the same log-probs from the signals of the run. This
@@ -95,8 +95,8 @@ def check_templates(config: Config, prompts: Sequence[Prompt]) -> None:
                 sides = [tokenizer.decode(ids[max(at - 4, 0) : at + 8]) for ids in (own, prompt.token_ids)]
                 raise ConfigError(
                     f"run.preflight: the chat template of {name} ({teacher.model}) renders prompt {prompt.uid!r} "
-                    f"otherwise than the student's from token {at} on ({sides[0]!r}, not {sides[1]!r}), so it would "
-                    "score prompts in a format that is not its own: give both models one template"
+                    f"differently from the student's template from token {at} on ({sides[0]!r}, not {sides[1]!r}), "
+                    "so it would score prompts in a format that is not its own: give both models one template"
                 )
 
 
@@ -123,7 +123,7 @@ async def check_teachers_as_students(
             value = await check_divergence(learner, own, limit)
         finally:
             learner.shutdown()
-        job.progress.say(f"preflight: a student equal to {name} has a divergence of {value:.1e} nats a token")
+        job.progress.say(f"preflight: a student equal to {name} has a divergence of {value:.1e} nats/token")
 
 
 async def check_divergence(learner: LearnerGroup, samples: Sequence[Scored], limit: Tolerance) -> float:
@@ -148,10 +148,10 @@ async def check_divergence(learner: LearnerGroup, samples: Sequence[Scored], lim
     if not value <= allowed:
         worst = int(np.nan_to_num(means.max(1), nan=np.inf).argmax())
         raise PreflightError(
-            f"preflight: a student equal to the teacher has a divergence of {value:.3g} nats a token through engines "
+            f"preflight: a student equal to the teacher has a divergence of {value:.3g} nats/token through engines "
             f"and wire, more than {allowed:g} ({means[worst].max():.3g} in {samples[worst].rollout.uid}), so the "
-            "learner does not see what the teacher's checkpoint says: look for shifted rows, another checkpoint or "
-            "head, or a teacher engine that computes wrongly"
+            "learner does not decode what the teacher's checkpoint computes: look for shifted positions, another "
+            "checkpoint or head, or a teacher engine that computes wrongly"
         )
     return value
 
@@ -196,7 +196,7 @@ async def write_references(job: Job, prompts: Sequence[Prompt]) -> list[Referenc
             candidates=0,
             stop_token_ids=job.models.teacher.eos_token_ids,
         )
-        job.progress.say(f"preflight: log-probs of {name} from an engine that generates ...")
+        job.progress.say(f"preflight: log-probs of {name} from a generating engine ...")
         try:
             await pool.start(0, config.cluster.start_timeout_s)
             for prompt in taken:
@@ -260,8 +260,8 @@ async def check_log_probs(
     if not value <= limit.log_prob:
         raise PreflightError(
             f"preflight: the log-probs that the learner decodes from the teacher's signal differ by {value:.3g} nats "
-            f"on average from those of the teacher in an engine that generates, more than {limit.log_prob:g}, over "
-            f"{known.sum()} tokens: look for shifted rows, another checkpoint or head, or a teacher engine that "
-            "computes wrongly"
+            f"on average from those of the teacher in a generating engine, more than {limit.log_prob:g}, over "
+            f"{known.sum()} tokens: look for shifted positions, another checkpoint or head, or a teacher engine "
+            "that computes wrongly"
         )
     return value

@@ -236,7 +236,7 @@ class LearnerGroup:
 
     def _nothing(self, samples: int, step: int, rate: float) -> LearnerStep:
         """The report of a step in which the objective has left out all samples."""
-        sentence = f"step {step + 1}: the objective leaves out all {samples} samples, and the update with them"
+        sentence = f"step {step + 1}: the objective leaves out all {samples} samples, so the update is skipped"
         self._count_skipped(sentence)
         unknown = {DIVERGENCE.name: math.nan, STUDENT_ENTROPY.name: math.nan}
         return LearnerStep(0, math.nan, unknown, {}, {}, 1.0, 0.0, rate, 0.0, 0, 0.0, 0.0, 0, {}, sentence)
@@ -247,8 +247,8 @@ class LearnerGroup:
             self.skipped_in_a_row = 0
             return ""
         uids = [uid for report in reports for uid in report.flawed]
-        whose = f"that of {', '.join(uids)}" if uids else "no sample's own, but their sum"
-        sentence = f"step {step + 1}: the gradient is not finite ({whose}), and the update is left out"
+        whose = f"that of {', '.join(uids)}" if uids else "that of the sum, not of any single sample"
+        sentence = f"step {step + 1}: the gradient is not finite ({whose}), so the update is skipped"
         self._count_skipped(sentence)
         return sentence
 

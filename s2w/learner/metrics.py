@@ -8,7 +8,7 @@ LOSS = define("loss", "nats/token", "The objective: mean over response tokens.")
 DIVERGENCE = define(
     "divergence",
     "nats/token",
-    "loss.divergence between teacher and student, without temperature^2; where no teacher is asked, the policy "
+    "loss.divergence between teacher and student, without temperature^2; where no teacher scores, the policy "
     "gradient's value.",
     over="tokens",
     column="divergence",
@@ -35,7 +35,7 @@ AGREEMENT = define(
 )
 GRAD_NORM = define("grad_norm", "1", "Norm of the whole gradient, before clipping.")
 LEARNING_RATE = define("learning_rate", "1", "Learning rate of the step.")
-SKIPPED = define("skipped", "1", "1 if the gradient was not finite, and the weights are those of the step before.")
+SKIPPED = define("skipped", "1", "1 if the gradient was not finite, and the weights are unchanged.")
 LEFT_OUT = define("left_out", "share", "Samples of the batch that the objective left out of the update.")
 REFERENCE_KL = define(
     "reference_kl",

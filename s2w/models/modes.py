@@ -63,7 +63,7 @@ def add_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> None:
     if opens_thinking(tokenizer):
         raise ConfigError(
             f"student.thinking_switch=true, but the chat template of {tokenizer.name_or_path!r} opens a think block "
-            "in every prompt: no answer could be without one"
+            "in every prompt: no_think mode is impossible"
         )
     tokenizer.chat_template = str(tokenizer.chat_template) + SWITCH
 
@@ -97,7 +97,7 @@ def render(
     """The prompt text: chat template applied with the mode's switch, ready for the response.
 
     Raises:
-        ConfigError: there is no chat template, it cannot ask for ``mode``, or it refuses the messages.
+        ConfigError: there is no chat template, it cannot ask for ``mode``, or it rejects the messages.
     """
     kwargs = dict(chat_template_kwargs or {})
     if "enable_thinking" in kwargs:
@@ -142,6 +142,6 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwar
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **kwargs
         )
     except TemplateError as error:
-        raise ConfigError(f"The chat template refuses the messages: {str(error).rstrip('.')}") from error
+        raise ConfigError(f"The chat template rejects the messages: {str(error).rstrip('.')}") from error
     assert isinstance(text, str)
     return text

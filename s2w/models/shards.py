@@ -29,7 +29,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     fetched_later = not Path(reference).expanduser().is_dir()
     tensors = {file.name: _tensor_names(file) for file in sorted(path.glob("*.safetensors"))}
     if not tensors and not fetched_later:
-        raise ConfigError(f"{reference!r} has no weights: the directory holds no .safetensors file")
+        raise ConfigError(f"{reference!r} has no weights: the directory contains no .safetensors file")
     index = path / INDEX
     if not index.is_file():
         return

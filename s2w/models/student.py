@@ -198,7 +198,7 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (StrictDataclassError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError(f"student.overrides make no {base.model_type} model: {reason}") from error
+        raise ConfigError(f"student.overrides do not give a valid {base.model_type} model: {reason}") from error
     model.to(base.dtype or torch.float32).save_pretrained(target)
     _copy_text_files(source.path, target)
 

@@ -66,7 +66,7 @@ def compare_tokenizers(teacher: Checkpoint, student: Checkpoint) -> SharedVocabu
     if set(teacher.eos_token_ids) != set(student.eos_token_ids):
         notes.append(
             f"Responses end at {_eos_text(teacher)} for the teacher and at {_eos_text(student)} for the student: "
-            "the student must learn where to end."
+            "the student has to be trained to stop there."
         )
     return SharedVocabulary(vocab_size, tuple(notes))
 

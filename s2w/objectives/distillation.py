@@ -17,7 +17,7 @@ class Distillation(Objective):
     """
 
     source = "Qwen3 Technical Report, arXiv 2505.09388, section 4.5; GKD, arXiv 2306.13649"
-    when = "First; the teacher is good at all of the prompts."
+    when = "Try this first, when the teacher is good on all prompts."
     phases: ClassVar[tuple[Phase, ...]] = ("on_policy", "off_policy")
 
     def loss(self, batch: TokenBatch) -> TokenLoss:

@@ -24,7 +24,7 @@ class KDRL(Objective):
     """
 
     source = "KDRL, arXiv 2506.02208, eq. 8"
-    when = "The student is to pass its teacher on prompts whose answers can be verified."
+    when = "The student should surpass its teacher on prompts whose answers can be verified."
     reward_needed: ClassVar[Literal["unused", "used", "required"]] = "used"
     groups: ClassVar[bool] = True
     own_samples_only: ClassVar[bool] = True

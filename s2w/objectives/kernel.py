@@ -215,7 +215,7 @@ def divergence_loss(
         TypeError: dtypes that differ, or an unsupported one.
     """
     if teacher is None and policy is None:
-        raise ValueError("there is nothing to learn: neither teacher rows nor policy rows")
+        raise ValueError("there is nothing to train on: neither teacher rows nor policy rows")
     if teacher is not None:
         support = signal_support(teacher.kind, divergence.name)
         if support.strength == "not possible":

@@ -35,7 +35,7 @@ class PrefixDistillation(Objective):
     """
 
     source = "IW-OPD, arXiv 2606.22600; prefixes: arXiv 2605.13643, arXiv 2602.15260"
-    when = "Long responses that drift from what the teacher would write; rollouts are what a step waits for."
+    when = "Long responses that drift from what the teacher would generate; rollouts dominate the step time."
     own_samples_only: ClassVar[bool] = True
     teacher_log_probs: ClassVar[bool] = True
 

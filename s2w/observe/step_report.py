@@ -28,21 +28,21 @@ STALENESS_MAX = define("staleness_max", "versions", "The same of the oldest toke
 RATES = define(
     "tokens_per_second",
     "tokens/s",
-    "Over the seconds in which a stage was at work. generate: response tokens; score: prompt and response tokens that "
-    "the teacher computed; learn: prompt and response tokens.",
+    "Tokens per second of a stage's busy time. generate: response tokens; score: prompt and response tokens that the "
+    "teacher computed; learn: prompt and response tokens.",
     column="tok/s gen/score/learn",
     format=",.0f",
 )
-BUSY = define("busy", "share", "Of the step's wall time, in which a stage was at work.")
-SIGNAL_BYTES = define("signal_bytes_per_token", "bytes/token", "Of the teacher's signals.")
+BUSY = define("busy", "share", "Share of the step's wall time in which a stage was at work.")
+SIGNAL_BYTES = define("signal_bytes_per_token", "bytes/token", "Size of the teacher's signals.")
 SIGNAL_SECONDS = define(
     "signal_seconds",
     "s",
     "The signals' way: put (encoded, checked and stored, over all teachers), fetch (taken out and joined, over all "
-    "learner ranks, beside their work), wait (the longest that a rank stood still for one).",
+    "learner ranks, alongside their work), wait (the longest that a rank was idle for one).",
 )
 SIGNAL_BIAS = define(
-    "signal_bias", "nats/token", "In steps of signal.bias_every: what each cheaper signal would have said; else empty."
+    "signal_bias", "nats/token", "In steps of signal.bias_every: what each cheaper signal would have given; else empty."
 )
 SWAP_MS = define(
     "swap_ms",

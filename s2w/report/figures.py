@@ -258,7 +258,7 @@ def speed_picture(run: Run) -> Picture | None:
     stages: tuple[Stage, ...] = ("generate", "score", "learn")
     for stage in stages:
         _trace(axes[0], steps, series(run.steps, "tokens_per_second", stage), STAGE_COLOURS[stage], stage)
-    axes[0].set(title="throughput at work", ylabel="tokens a second")
+    axes[0].set(title="throughput at work", ylabel="tokens/s")
     _trace(axes[1], steps, series(run.steps, "seconds"), BLACK, "")
     axes[1].set(title="step", ylabel="seconds")
     _trace(axes[2], steps, series(run.steps, "swap_ms"), STAGE_COLOURS["swap"], "")
@@ -271,7 +271,7 @@ def speed_picture(run: Run) -> Picture | None:
         axis.set_ylim(bottom=0)
     _legend(axes[0])
     caption = (
-        "Tokens over the seconds in which a stage was at work. The probe error is the mean difference between the "
+        "Tokens per second of a stage's busy time. The probe error is the mean difference between the "
         "log-probs of engines and learner after the swap."
     )
     return _picture("speed", "Speed", caption, figure)

@@ -90,7 +90,7 @@ def read_run(directory: Path) -> Run:
     """
     for name in ("config.yaml", "metrics.jsonl"):
         if not (directory / name).is_file():
-            raise ConfigError(f"{str(directory)!r} is no run directory: it has no {name}")
+            raise ConfigError(f"{str(directory)!r} is not a run directory: it has no {name}")
     text = (directory / "config.yaml").read_text()
     try:
         config: Any = OmegaConf.to_container(OmegaConf.create(text))

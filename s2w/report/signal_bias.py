@@ -87,7 +87,7 @@ def compare_signals(run: Run) -> list[Comparison]:
 
 def table(signals: Sequence[Comparison]) -> str:
     """In Markdown, one row per signal, means over the steps."""
-    rows = ["| signal | bytes a token | divergence | of the exact | cosine |", "| --- | ---: | ---: | ---: | ---: |"]
+    rows = ["| signal | bytes/token | divergence | of the exact | cosine |", "| --- | ---: | ---: | ---: | ---: |"]
     for signal in signals:
         exact = signal.divergence - signal.biases.mean()
         rows.append(
@@ -117,9 +117,9 @@ def draw(run: Run, signals: Sequence[Comparison], path: Path) -> None:
         for axis in (left, right):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            axis.set_xlabel("bytes a token")
+            axis.set_xlabel("bytes/token")
         left.axhline(0, color=BLACK, linewidth=0.8)
-        left.set(title=f"bias of {run.config['loss']['divergence']}", ylabel="nats a token")
+        left.set(title=f"bias of {run.config['loss']['divergence']}", ylabel="nats/token")
         right.set(title="cosine with the exact gradient")
         right.legend()
         figure.savefig(path, format="png", dpi=DPI)

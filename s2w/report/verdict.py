@@ -12,13 +12,13 @@ import numpy as np
 from s2w.report.comparison import KL, Comparison, Metric
 from s2w.report.run import Run, series
 
-TRUNCATED, OBEDIENT = 0.1, 0.9
+TRUNCATED, ADHERENT = 0.1, 0.9
 """A larger share of truncated responses, or a smaller one that keep to their mode, is worth a remark."""
 NAMES: dict[Metric, str] = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
     "accuracy": "accuracy",
-    "mode_adherence": "mode_adherence",
+    "mode_adherence": "mode adherence",
     "truncated": "cut off at the token limit",
     "response_length": "response length",
 }
@@ -60,7 +60,7 @@ def remarks(run: Run, comparisons: Sequence[Comparison]) -> list[Remark]:
         last = line.after or line.before
         if line.metric == "truncated" and last.value > TRUNCATED:
             lines.append(Remark("warning", f"{last.value:.0%} of the {line.mode} responses hit the token limit."))
-        if line.metric == "mode_adherence" and last.value < OBEDIENT:
+        if line.metric == "mode_adherence" and last.value < ADHERENT:
             lines.append(Remark("warning", f"Only {last.value:.0%} of the {line.mode} responses keep to their mode."))
     return lines
 
@@ -70,7 +70,7 @@ def headline(run: Run, comparisons: Sequence[Comparison]) -> list[KeyFigure]:
     figures = []
     for line in comparisons:
         if (line.metric == "forward_kl" and line.mode is None) or line.metric == "accuracy":
-            name = NAMES[line.metric] + (f", {line.mode}" if line.mode else ", nats a token")
+            name = NAMES[line.metric] + (f", {line.mode}" if line.mode else ", nats/token")
             after = f" → {number(line.after.value, line.metric)}" if line.after else ""
             figures.append(KeyFigure(name, number(line.before.value, line.metric) + after, line.verdict))
     seconds = run.wall_seconds if run.finished else _sum(series([*run.off_policy_steps, *run.steps], "seconds"))
@@ -113,11 +113,11 @@ def _sentence(line: Comparison) -> str:
     if line.change.value == 0:
         return f"{name} stayed at {before}."
     if line.verdict == "unclear":
-        why = "no interval is known" if math.isnan(line.change.low) else "the interval of the change holds 0"
+        why = "no interval is known" if math.isnan(line.change.low) else "the interval of the change includes 0"
         return f"{name} went from {before} to {after}: {why}."
     word = "fell" if line.change.value < 0 else "rose"
     relative = f" ({line.change.value / line.before.value:+.0%})" if line.metric in KL else ""
-    return f"{name} {word} from {before} to {after}{relative}: the 95 % interval of the change leaves 0 out."
+    return f"{name} {word} from {before} to {after}{relative}: the 95 % interval of the change excludes 0."
 
 
 def _median(values: np.ndarray) -> float | None:

@@ -249,9 +249,7 @@ class RolloutEngine:
             )
             completion = await self._complete(draft, parameters)
         except (VLLMClientError, ValueError) as error:
-            raise RequestRefusedError(
-                f"rollout engine {self.index} does not take {draft.request.uid!r}: {error}"
-            ) from error
+            raise RequestRefusedError(f"rollout engine {self.index} rejected {draft.request.uid!r}: {error}") from error
         flat = completion.logprobs
         assert isinstance(flat, FlatLogprobs) and completion.weight_versions
         first = np.asarray(flat.start_indices)
@@ -266,10 +264,10 @@ class RolloutEngine:
         )
 
     async def _complete(self, draft: _Draft, parameters: SamplingParams) -> CompletionOutput:
-        """The output of a completed request; asks again if vLLM gave it up half-way.
+        """The output of a completed request; asks again if vLLM aborted it.
 
         Raises:
-            RuntimeError: vLLM gave it up :data:`ATTEMPTS` times.
+            RuntimeError: vLLM aborted it :data:`ATTEMPTS` times.
         """
         uid = draft.request.uid
         ids = np.concatenate([draft.request.prompt.token_ids, draft.token_ids]).tolist()
@@ -281,7 +279,7 @@ class RolloutEngine:
             if completion.finish_reason in ("stop", "length"):
                 return completion
         raise RuntimeError(
-            f"rollout engine {self.index} gave up the response {uid} {ATTEMPTS} times, the last with "
+            f"rollout engine {self.index} aborted the response {uid} {ATTEMPTS} times, the last with "
             f"finish_reason={completion.finish_reason!r} after {len(completion.token_ids)} tokens"
         )
 

@@ -46,10 +46,10 @@ def check_thinking_budget(
             encode, or no room for an answer.
     """
     if budget < 1:
-        raise ConfigError(f"{setting}={budget}: write at least 1, or null for no budget")
+        raise ConfigError(f"{setting}={budget}: must be >= 1, or null for no budget")
     if "think" not in supported_modes(tokenizer):
         raise ConfigError(
-            f"{setting}={budget}, but the chat template of {tokenizer.name_or_path!r} knows no think block: write null"
+            f"{setting}={budget}, but the chat template of {tokenizer.name_or_path!r} has no think block: write null"
         )
     if THINK_CLOSE not in rollout.stop_thinking:
         raise ConfigError(f"rollout.stop_thinking must contain {THINK_CLOSE}: it closes the think block")

@@ -81,6 +81,6 @@ class Context:
         }
         for _, name, _, _ in string.Formatter().parse(template):
             if name and known.get(name) is None:
-                there = "has no answer" if name == "answer" else f"knows no such thing{did_you_mean(name, known)}"
+                there = "has no answer" if name == "answer" else f"has no such field{did_you_mean(name, known)}"
                 raise ConfigError(f"{self._setting}.context has {{{name}}}, and prompt {prompt.uid!r} {there}")
         return template.format(**known)

@@ -180,7 +180,7 @@ class TeacherEngine:
             raise RequestRefusedError(f"{rollout.uid}: the prompt or the response is empty")
         if len(input_ids) > self._max_model_len:
             raise RequestRefusedError(
-                f"{rollout.uid}: {len(input_ids)} tokens, the teacher takes {self._max_model_len}"
+                f"{rollout.uid}: {len(input_ids)} tokens, but the teacher's limit is {self._max_model_len}"
             )
         self._check_ids(input_ids, rollout, "token ids")
         wanted: dict[str, Any] = {
@@ -215,7 +215,8 @@ class TeacherEngine:
     def _check_ids(self, ids: np.ndarray, rollout: Rollout, what: str) -> None:
         if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
             raise RequestRefusedError(
-                f"{rollout.uid}: {what} from {ids.min()} to {ids.max()}, the shared vocabulary is {self._vocab_size}"
+                f"{rollout.uid}: {what} from {ids.min()} to {ids.max()}, the shared vocabulary has "
+                f"{self._vocab_size} tokens"
             )
 
     async def _enqueue(self, job: _Job) -> None:
@@ -230,7 +231,7 @@ class TeacherEngine:
                     request_id, {"prompt_token_ids": job.input_ids}, job.params
                 )
         except (VLLMClientError, ValueError) as error:
-            raise RequestRefusedError(f"teacher {self._index} does not take {job.rollout.uid!r}: {error}") from error
+            raise RequestRefusedError(f"teacher {self._index} rejected {job.rollout.uid!r}: {error}") from error
 
     async def _finish(self, job: _Job) -> TeacherSignal:
         """Waits for the rows of an enqueued request and stores them."""

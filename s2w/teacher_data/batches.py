@@ -43,7 +43,7 @@ def split(responses: Sequence[Response], heldout: int, seed: int) -> Split:
     train = [response for response, prompt in pairs if prompt not in chosen]
     if not train:
         raise ConfigError(
-            f"off_policy.heldout_responses={heldout} leaves none of {len(responses)} responses to learn from: write a "
+            f"off_policy.heldout_responses={heldout} leaves none of {len(responses)} responses to train on: write a "
             "smaller number, or generate more responses (off_policy.prompts, off_policy.samples_per_prompt)"
         )
     return Split(train, [response for response, prompt in pairs if prompt in chosen])

@@ -54,7 +54,7 @@ def read_dataset(config: Config, models: ModelPair) -> list[Response]:
     tokenizer = models.student.tokenizer
     examples = list(_examples(path, config, models))
     if not examples:
-        raise ConfigError(f"{str(path)!r} holds no responses")
+        raise ConfigError(f"{str(path)!r} contains no responses")
     if not models.teacher.eos_token_ids:
         raise ConfigError(f"{models.teacher.reference!r} has no end-of-sequence token to put after the responses")
     kwargs = dict(config.data.chat_template_kwargs)
@@ -128,7 +128,7 @@ def _own_tokens(where: str, row: Row, vocab_size: int) -> np.ndarray | None:
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ConfigError(
             f"{where} has {TOKENS} from {ids.min()} to {ids.max()}, and the vocabulary ends at {vocab_size - 1}: "
-            "generate the responses anew"
+            "regenerate the responses"
         )
     return ids
 

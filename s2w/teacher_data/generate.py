@@ -107,7 +107,7 @@ async def generate(
         return
     settings = engine_settings(config)
     progress.say(
-        f"the teacher answers {len(prompts):,} prompts: {len(requests):,} of {total:,} responses to write; "
+        f"generating the teacher's responses to {len(prompts):,} prompts: {len(requests):,} of {total:,} to go; "
         f"starting {settings.engines} engines ..."
     )
     pool = RolloutPool(

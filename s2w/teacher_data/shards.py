@@ -63,7 +63,7 @@ def response_files(path: Path) -> list[Path]:
         raise ConfigError(f"off_policy.path={path}: there is no such file or directory")
     files = [file for file in sorted(path.glob("*.parquet")) if file.name != DROPPED]
     if not files:
-        raise ConfigError(f"off_policy.path={path}: the directory holds no .parquet file")
+        raise ConfigError(f"off_policy.path={path}: the directory contains no .parquet file")
     return files
 
 

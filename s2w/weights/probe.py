@@ -164,7 +164,7 @@ def compare(
     jumped = result.median > JUMP * usual and result.mean > PART * moved
     if jumped or _falls_short(engine, learner, previous, usual):
         raise ProbeError(
-            f"{name} computes with some weights of before version {version}: log-probs of the probe differ by "
+            f"{name} computes with some weights from before version {version}: log-probs of the probe differ by "
             f"{result.median:.4g} nats in the median, where {usual:.4g} was the most before, and the update moved "
             f"them by {moved:.4g} on average"
         )

@@ -276,7 +276,7 @@ def skip_a_step(world: World, samples: list[Scored], step: int) -> None:
     heavy = replace(samples[5], weight=float("inf"))
     update = world.run(world.group.step([*samples[:5], heavy, *samples[6:]], step))
     assert update.skipped == (
-        f"step {step + 1}: the gradient is not finite (that of {heavy.rollout.uid}), and the update is left out"
+        f"step {step + 1}: the gradient is not finite (that of {heavy.rollout.uid}), so the update is skipped"
     )
     assert update.grad_norm == np.inf and np.isfinite(update.metrics["divergence"])
 

@@ -215,7 +215,7 @@ def test_refused_requests_fail_at_once_and_alone(pool: RolloutPool, loop: asynci
     """A prompt that leaves no room for a response, alone and among others that the engine takes."""
     good = make_prompts(3)
     bad = replace(good[0], uid="too long", token_ids=np.ones(128, np.int32))
-    sentence = r"engine \d does not take prompt 'too long', sample 0: max_tokens must be at least 1, got 0"
+    sentence = r"engine \d rejected 'too long#0': max_tokens must be at least 1, got 0"
     with pytest.raises(RequestRefusedError, match=sentence) as caught:
         loop.run_until_complete(asyncio.wait_for(pool.generate(Request(bad)), 60))
     assert reason(caught.value).startswith("rollout engine")
@@ -268,7 +268,7 @@ def test_a_response_that_an_engine_gives_up_is_sampled_again(
     expected, again = (loop.run_until_complete(generate(aborts)) for aborts in (0, ATTEMPTS - 1))
     assert expected.finish_reason in ("stop", "length")
     assert np.array_equal(again.token_ids, expected.token_ids)
-    with pytest.raises(RuntimeError, match=rf"engine 0 gave up the response {prompt.uid}#0 3 times, .*'abort' after 0"):
+    with pytest.raises(RuntimeError, match=rf"engine 0 aborted the response {prompt.uid}#0 3 times, .*'abort' after 0"):
         loop.run_until_complete(generate(ATTEMPTS))
 
 

@@ -270,7 +270,9 @@ def test_impossible_rollouts_are_refused_by_name(alone: Any) -> None:
     assert "p301#0: the prompt or the response is empty" in error(make_rollout(301, 5, 0), SignalRequest("hidden"))
     assert "p302#0: signal kind ids needs" in error(make_rollout(302, 5, 5), SignalRequest("ids"))
     assert "exceeds the vocabulary" in error(make_rollout(303, 5, 5), SignalRequest("topk", VOCAB + 1))
-    assert "p304#0: 517 tokens, the teacher takes 512" in error(make_rollout(304, MAX_LEN, 5), SignalRequest("hidden"))
+    assert "p304#0: 517 tokens, but the teacher's limit is 512" in error(
+        make_rollout(304, MAX_LEN, 5), SignalRequest("hidden")
+    )
 
 
 @pytest.fixture(scope="module")

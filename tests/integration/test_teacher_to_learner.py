@@ -159,7 +159,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence(world: World, kind: Sig
 
 def test_another_checkpoint_is_found_out(world: World) -> None:
     learner = world.build(world.student_path)
-    with pytest.raises(PreflightError, match="look for shifted rows, another checkpoint"):
+    with pytest.raises(PreflightError, match="look for shifted positions, another checkpoint"):
         world.run(check_divergence(learner, world.score(), LOW_PRECISION))
 
 

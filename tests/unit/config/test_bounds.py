@@ -105,13 +105,13 @@ def test_the_mark_is_no_range() -> None:
 @pytest.mark.parametrize(
     ("mark", "text", "inside", "outside"),
     [
-        (Ge(0), "0 or more", (0, 5), (-1,)),
-        (Ge(2), "at least 2", (2, 9), (1, -2)),
-        (Gt(0), "a number above 0", (0.1,), (0.0,)),
-        (Interval(ge=0, le=1), "a number from 0 to 1", (0, 1), (-0.1, 1.1)),
-        (Interval(gt=0, le=1), "a number above 0, up to 1", (1,), (0, 2)),
-        (Interval(gt=0, lt=1), "a number above 0, below 1", (0.5,), (0, 1)),
-        (Interval(ge=0, lt=8), "0 or more, below 8", (0, 7), (8,)),
+        (Ge(0), ">= 0", (0, 5), (-1,)),
+        (Ge(2), ">= 2", (2, 9), (1, -2)),
+        (Gt(0), "> 0", (0.1,), (0.0,)),
+        (Interval(ge=0, le=1), "between 0 and 1", (0, 1), (-0.1, 1.1)),
+        (Interval(gt=0, le=1), "> 0 and <= 1", (1,), (0, 2)),
+        (Interval(gt=0, lt=1), "> 0 and < 1", (0.5,), (0, 1)),
+        (Interval(ge=0, lt=8), ">= 0 and < 8", (0, 7), (8,)),
         (OneOf("a", "b"), "one of a, b", ("a", "b"), ("c", "A", "")),
         (OneOf("a", b="The second."), "one of a, b", ("a", "b"), ("The second.",)),
     ],
@@ -128,24 +128,24 @@ def test_ranges(mark: Any, text: str, inside: tuple[Any, ...], outside: tuple[An
     for value in inside:
         check_bounds(Section(value))
     for value in outside:
-        with pytest.raises(ConfigError, match=re.escape(f"s.value={value}: write {text}") + "$"):
+        with pytest.raises(ConfigError, match=re.escape(f"s.value={value}: must be {text}") + "$"):
             check_bounds(Section(value), "s.")
 
 
 def test_a_number_beside_the_range() -> None:
-    assert describe(Annotated[int, Ge(1), Or(-1)]) == "at least 1, or -1"
+    assert describe(Annotated[int, Ge(1), Or(-1)]) == ">= 1, or -1"
     check_bounds(Outer(heat=0.0))
-    with pytest.raises(ConfigError, match=r"^heat=0\.001: write a number from 0\.01 to 2, or 0$"):
+    with pytest.raises(ConfigError, match=r"^heat=0\.001: must be between 0\.01 and 2, or 0$"):
         check_bounds(Outer(heat=0.001))
 
 
 def test_a_range_holds_in_sections_in_lists_and_beside_null() -> None:
     check_bounds(Outer(Inner("dog", ["cat", "dog"], 3), maybe=None))
     for bad, sentence in (
-        (Outer(Inner("cow")), "inner.animal=cow: write one of cat, dog"),
-        (Outer(Inner(many=["cat", "cow"])), "inner.many=['cat', 'cow']: write one of cat, dog"),
-        (Outer(Inner(size=0)), "inner.size=0: write at least 1, or null"),
-        (Outer(maybe=0), "maybe=0: write at least 1, or null"),
+        (Outer(Inner("cow")), "inner.animal=cow: must be one of cat, dog"),
+        (Outer(Inner(many=["cat", "cow"])), "inner.many=['cat', 'cow']: must be one of cat, dog"),
+        (Outer(Inner(size=0)), "inner.size=0: must be >= 1, or null"),
+        (Outer(maybe=0), "maybe=0: must be >= 1, or null"),
         (Outer(free={"a": [1.0, {"b": math.nan}]}), "free={'a': [1.0, {'b': nan}]} is not a finite number"),
     ):
         with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):

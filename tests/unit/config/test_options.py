@@ -43,8 +43,8 @@ def test_an_object_is_a_base_too() -> None:
         ({"zzz": 1}, (), "unknown setting o.zzz"),
         ({"width": "many"}, (), "o.width: Value 'many' of type 'str' could not be converted to Integer"),
         ({"width": None}, (), "o.width: "),
-        ({"width": 0}, (), "o.width=0: write at least 1"),
-        ({"scale": float("nan")}, (), "o.scale=nan is not a finite number: write a number above 0, or null"),
+        ({"width": 0}, (), "o.width=0: must be >= 1"),
+        ({"scale": float("nan")}, (), "o.scale=nan is not a finite number: must be > 0, or null"),
     ],
 )
 def test_bad_options_are_refused_by_name(given: dict[str, object], also: tuple[str, ...], sentence: str) -> None:

@@ -115,7 +115,7 @@ def test_heldout_prompts_that_are_trained_on_are_left_out(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no prompts"),
+        ("", "contains no prompts"),
         ('{"question": "a", "answer": "b"}\n', r"neither `messages` nor `prompt`; its columns are: question, answer"),
         ("not json\n", "line 1, is not JSON"),
         ("[1]\n", "line 1, is not a JSON object"),
@@ -149,7 +149,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no prompt file"):
         build(path=str(tmp_path / "x.jsonl"))
     (tmp_path / "x.txt").touch()
-    with pytest.raises(ConfigError, match=r"is none of \.jsonl, \.parquet, \.csv"):
+    with pytest.raises(ConfigError, match=r"must end in \.jsonl, \.parquet or \.csv"):
         build(path=str(tmp_path / "x.txt"))
     with pytest.raises(ConfigError, match=r"names 'lcm', which is not in data\.tasks"):
         build(tasks=["gcd"], task_options={"lcm": {}})

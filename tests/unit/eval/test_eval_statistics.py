@@ -80,7 +80,7 @@ def test_wilson_ends_are_where_the_score_test_turns(successes: int, trials: int)
 
 def test_impossible_shares_are_refused() -> None:
     for successes, trials in ((0, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="no share"):
+        with pytest.raises(ValueError, match="is not a valid share"):
             wilson(successes, trials)
 
 
@@ -107,7 +107,7 @@ def test_a_change_is_judged_in_pairs() -> None:
     change = bootstrap_token_mean_change(before, after, seed=0)
     # The same response is 0.01 lower each time: the prompts' own spread cancels.
     assert (change.value, change.low, change.high) == pytest.approx((-0.01, -0.01, -0.01), abs=1e-9)
-    with pytest.raises(ValueError, match="no pairs"):
+    with pytest.raises(ValueError, match="cannot be paired"):
         bootstrap_token_mean_change(before, ([1.0], [1]), seed=0)
     with pytest.raises(ValueError, match="no responses"):
         bootstrap_token_mean([], [], seed=0)

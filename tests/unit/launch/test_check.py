@@ -38,32 +38,32 @@ def overrides(checkpoint: str, tmp_path: Path) -> list[str]:
         ("rollout.engine=2", "unknown setting rollout.engine: did you mean rollout.engines?"),
         ("+foo=1", "unknown setting foo"),
         ("loop.steps=many", "loop.steps: Value 'many'"),
-        ("learner.schedule=linear", "learner.schedule=linear: write one of constant, cosine"),
+        ("learner.schedule=linear", "learner.schedule=linear: must be one of constant, cosine"),
         ("experiment=nope", "there is no experiment=nope: the choices are"),
-        ("learner.zero_stage=5", "learner.zero_stage=5: write a number from 0 to 3"),
-        ("rollout.engines=0", "rollout.engines=0: write at least 1"),
-        ("learner.learning_rate=-1", "learner.learning_rate=-1.0: write a number above 0"),
-        ("teacher.dtype=int8", "teacher.dtype=int8: write one of"),
+        ("learner.zero_stage=5", "learner.zero_stage=5: must be between 0 and 3"),
+        ("rollout.engines=0", "rollout.engines=0: must be >= 1"),
+        ("learner.learning_rate=-1", "learner.learning_rate=-1.0: must be > 0"),
+        ("teacher.dtype=int8", "teacher.dtype=int8: must be one of"),
         ("teacher.model=/no/such/model", "No checkpoint directory at '/no/such/model'"),
         ("signal={kind: topk, top_k: 600}", "signal.top_k=600 is larger than the vocabulary of 512 tokens"),
         ("loss.divergence=forward_lk", "forward_kl"),
         ("signal={kind: topk, dtype: float8}", "says how hidden states travel, and signal.kind=topk sends none"),
         ("signal={kind: topk, bias_every: 2}", "signal.bias_every=2 compares with the whole distribution"),
-        ("signal.bias_every=-1", "signal.bias_every=-1: write 0 or more"),
-        ("run.preflight=yes", "run.preflight=yes: write one of none, divergence, log_probs"),
-        ("loss.discount=0.9", "signal.kind=hidden has a distribution at each: write signal.kind=sampled"),
-        ("loss.discount=1.5", "loss.discount=1.5: write a number from 0 to 1"),
-        ("loss.importance_limit=0", "loss.importance_limit=0.0: write a number above 0, or null"),
+        ("signal.bias_every=-1", "signal.bias_every=-1: must be >= 0"),
+        ("run.preflight=yes", "run.preflight=yes: must be one of none, divergence, log_probs"),
+        ("loss.discount=0.9", "signal.kind=hidden has a distribution at each token: write signal.kind=sampled"),
+        ("loss.discount=1.5", "loss.discount=1.5: must be between 0 and 1"),
+        ("loss.importance_limit=0", "loss.importance_limit=0.0: must be > 0, or null"),
         ("signal.kind=sampled", "signal.kind=sampled does not support loss.divergence=forward_kl"),
         ("rollout.max_tokens=5000", "is more than the teacher's context of 4096 tokens"),
-        ("student.init=pruned", "say how many layers to keep with student.keep_layers"),
+        ("student.init=pruned", "set student.keep_layers to the number of layers to keep"),
         ("run={deterministic: true}", None),
         ("teacher.tensor_parallel=3", "teacher.tensor_parallel=3 does not divide the 4 attention heads"),
-        ("run.resume=true", "holds no run"),
+        ("run.resume=true", "contains no run"),
         ("loop.steps=0", "loop.steps=0 and off_policy.steps=0: there is nothing to do"),
-        ("data.think_ratio=1.5", "data.think_ratio=1.5: write a number from 0 to 1, or null"),
-        ("data.think_ratio_end=0.5", "data.think_ratio_end=0.5 without data.think_ratio"),
-        ("data={modes: [think], think_ratio: 0.5}", "data.modes has think alone"),
+        ("data.think_ratio=1.5", "data.think_ratio=1.5: must be between 0 and 1, or null"),
+        ("data.think_ratio_end=0.5", "data.think_ratio_end=0.5 needs data.think_ratio"),
+        ("data={modes: [think], think_ratio: 0.5}", "data.modes has only think"),
         (
             "loss.objective=cross_entropy",
             "loss.objective=cross_entropy: that is an objective of the off-policy phase; write divergence or grpo",
@@ -73,9 +73,9 @@ def overrides(checkpoint: str, tmp_path: Path) -> list[str]:
             "off_policy.loss=grpo: that is an objective of the on-policy phase; write cross_entropy or divergence",
         ),
         ("loss.objective=grpo", "loss.objective=grpo compares the responses to a prompt with each other"),
-        ("reward.weight=-1", "reward.weight=-1.0: write 0 or more"),
-        ("reward.clip_low=1.5", "reward.clip_low=1.5: write a number above 0, below 1"),
-        ("loop.unreliable_weight=2", "loop.unreliable_weight=2.0: write a number from 0 to 1"),
+        ("reward.weight=-1", "reward.weight=-1.0: must be >= 0"),
+        ("reward.clip_low=1.5", "reward.clip_low=1.5: must be > 0 and < 1"),
+        ("loop.unreliable_weight=2", "loop.unreliable_weight=2.0: must be between 0 and 1"),
         ("rollout.thinking_budget=2000", "leave no room for an answer in rollout.max_tokens=1024"),
         ("teachers.math={modes: [think]}", "teachers.math has no model"),
         ("teachers.math={model: /no/such/model}", "No checkpoint directory at '/no/such/model'"),
@@ -132,26 +132,26 @@ PREFIX, STABLE, MIXTURE = "loss.objective=prefix", "loss.objective=stable", "los
         ),
         ([MIXTURE, "loss.options.forward_weight=0.9"], None),
         ([PREFIX, "loss.options.gamma=much"], "loss.options.gamma: Value 'much'"),
-        ([PREFIX, "loss.options.gamma=-1"], "loss.options.gamma=-1.0: write 0 or more"),
-        ([PREFIX, "loss.options.part_nats=0"], "loss.options.part_nats=0.0: write a number above 0, or null"),
+        ([PREFIX, "loss.options.gamma=-1"], "loss.options.gamma=-1.0: must be >= 0"),
+        ([PREFIX, "loss.options.part_nats=0"], "loss.options.part_nats=0.0: must be > 0, or null"),
         (
             [PREFIX, "loss.options.length_quantile=0.9"],
             "loss.options.length_quantile=0.9 follows the point where teacher and student part: write "
             "loss.options.part_nats too",
         ),
         ([PREFIX, "loss.options={length_quantile: 0.9, part_nats: 20}"], None),
-        ([STABLE, "loss.options.loop_tokens=0"], "loss.options.loop_tokens=0: write at least 1"),
+        ([STABLE, "loss.options.loop_tokens=0"], "loss.options.loop_tokens=0: must be >= 1"),
         (["loss.objective=kdrl", TWICE], "loss.objective=kdrl with reward.weight=0 is distillation alone"),
         (["loss.objective=kdrl", TWICE, "reward.weight=0.5"], None),
         (
             ["reward.weight=0.5"],
-            "loss.objective=divergence has no reward, and reward.weight=0.5: write loss.objective=",
+            "loss.objective=divergence uses no reward, but reward.weight=0.5: write loss.objective=",
         ),
         (
             ["reference={replicas: 1}"],
-            "loss.objective=divergence has no reference model, and `reference` is set: leave",
+            "loss.objective=divergence uses no reference model, but `reference` is set: remove",
         ),
-        ([STABLE, "reference={replicas: 1}"], "loss.objective=stable has no reference model, and `reference` is set"),
+        ([STABLE, "reference={replicas: 1}"], "loss.objective=stable uses no reference model, but `reference` is set"),
         ([STABLE, "reference={replicas: 1}", "loss.options.reference_weight=0.1"], None),
         (
             ["loss.objective=grpo", TWICE, "signal.bias_every=1"],
@@ -209,10 +209,10 @@ def test_a_preflight_is_about_the_students_own_prompts(
 ) -> None:
     name, _, value = setting.partition("=")
     check(compose([*overrides, f"teacher.{setting}"]))
-    with pytest.raises(ConfigError, match=rf"run\.preflight={way} compares .*, and teacher reads others"):
+    with pytest.raises(ConfigError, match=rf"run\.preflight={way} compares .*, but teacher reads other ones"):
         check(compose([*overrides, f"teacher.{setting}", f"run.preflight={way}"]))
     another = f"teachers.knowing={{model: {checkpoint}, {name}: {value}}}"
-    with pytest.raises(ConfigError, match=rf"run\.preflight={way} compares .*, and teachers\.knowing reads others"):
+    with pytest.raises(ConfigError, match=rf"run\.preflight={way} compares .*, but teachers\.knowing reads other ones"):
         check(compose([*overrides, another, f"run.preflight={way}"]))
 
 
@@ -263,7 +263,7 @@ def test_the_command_exits_with_2_and_one_sentence(overrides: list[str], capsys:
     assert cli.main(["train", *overrides, "learner.zero_stage=5"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == "s2w: learner.zero_stage=5: write a number from 0 to 3\n"
+    assert captured.err == "s2w: learner.zero_stage=5: must be between 0 and 3\n"
     assert cli.main(["trian"]) == 2
     assert "unknown command trian" in capsys.readouterr().err
 

@@ -21,12 +21,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("overrides", "sentence"),
     [
         (["off_policy.path=/no/such.jsonl"], r"off_policy\.path=/no/such\.jsonl: there is no such file or directory"),
-        (["off_policy.responses_per_step=0"], r"off_policy\.responses_per_step=0: write at least 1"),
-        (["off_policy.filters.cjk_share=-1"], r"off_policy\.filters\.cjk_share=-1\.0: write a number from 0 to 1"),
-        (["off_policy.learning_rate=0"], r"off_policy\.learning_rate=0\.0: write a number above 0"),
-        (["off_policy.loss=divergence", "signal.kind=ids"], "only hidden and topk say what is needed"),
+        (["off_policy.responses_per_step=0"], r"off_policy\.responses_per_step=0: must be >= 1"),
+        (["off_policy.filters.cjk_share=-1"], r"off_policy\.filters\.cjk_share=-1\.0: must be between 0 and 1"),
+        (["off_policy.learning_rate=0"], r"off_policy\.learning_rate=0\.0: must be > 0"),
+        (["off_policy.loss=divergence", "signal.kind=ids"], "only hidden and topk are supported"),
         (["loop.off_policy_fraction=0.25", "signal.kind=ids"], r"off_policy_fraction=0\.25 with signal\.kind=ids"),
-        (["loop.off_policy_fraction=1"], r"loop\.off_policy_fraction=1\.0: write 0 or more, below 1"),
+        (["loop.off_policy_fraction=1"], r"loop\.off_policy_fraction=1\.0: must be >= 0 and < 1"),
         (["loop.off_policy_fraction=0.001"], r"of loop\.prompts_per_step=64 rounds to 0 prompts"),
         (["off_policy.max_tokens=4000"], r"off_policy\.max_tokens = 5024 is more than the teacher's context of 4096"),
         (

@@ -1,4 +1,4 @@
-"""What cheaper signals would have said, against plain autograd in float64 over whole logits."""
+"""What cheaper signals would have given, against plain autograd in float64 over whole logits."""
 
 from __future__ import annotations
 

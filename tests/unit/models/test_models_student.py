@@ -141,7 +141,7 @@ def test_fresh_refuses_bad_overrides(tied: Path, tmp_path: Path) -> None:
         materialise_student(fresh(tied, num_hiden_layers=2), tmp_path / "student", seed=0)
     with pytest.raises(ConfigError, match="vocab_size 100 is smaller than the tokenizer's 512 tokens"):
         materialise_student(fresh(tied, vocab_size=100), tmp_path / "student", seed=0)
-    with pytest.raises(ConfigError, match="make no qwen3 model"):
+    with pytest.raises(ConfigError, match="do not give a valid qwen3 model"):
         materialise_student(fresh(tied, num_hidden_layers="four"), tmp_path / "student", seed=0)
 
 

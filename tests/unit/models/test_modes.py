@@ -19,7 +19,7 @@ from s2w.models.modes import (
 from s2w.records import Mode
 
 USER = [{"role": "user", "content": "2+2?"}]
-# A template that knows no thinking, as SmolLM2's, and one that always thinks, as Qwen3-Thinking-2507's.
+# A template that has no thinking, as SmolLM2's, and one that always thinks, as Qwen3-Thinking-2507's.
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
@@ -52,7 +52,7 @@ def test_render_refuses_what_the_template_cannot_do() -> None:
     with pytest.raises(ConfigError, match="may not set enable_thinking"):
         render(tokenizer, USER, "think", {"enable_thinking": False})
     tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}x"
-    with pytest.raises(ConfigError, match=r"refuses the messages: one turn only$"):
+    with pytest.raises(ConfigError, match=r"rejects the messages: one turn only$"):
         render(tokenizer, USER * 2, "no_think")
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):

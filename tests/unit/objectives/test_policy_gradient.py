@@ -165,7 +165,7 @@ def test_gradcheck() -> None:
 
 def test_nothing_to_learn() -> None:
     case = make()
-    with pytest.raises(ValueError, match="nothing to learn"):
+    with pytest.raises(ValueError, match="nothing to train on"):
         divergence_loss(case.hidden, Head(case.weight, case.bias), None, ForwardKL(), vocab_size=VOCAB)
     short = replace(case.policy, ids=case.policy.ids[:3])
     with pytest.raises(ValueError, match="3 policy rows for 12 student rows"):

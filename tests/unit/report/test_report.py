@@ -176,7 +176,7 @@ def test_a_run_that_has_just_begun_gets_a_report(example: Path, tmp_path: Path) 
 
 def test_bad_input(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no run directory: it has no config.yaml" in capsys.readouterr().err
+    assert "is not a run directory: it has no config.yaml" in capsys.readouterr().err
     for arguments in ([], ["a", "b"], ["a", "--out"], ["a", "--output"]):
         assert main(["report", *arguments]) == 2
         assert "s2w: " in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     head, *rows = found["comparison"]
     assert [cell for cell in head if "version" in cell] == ["version 0", "version 12"]
     first = rows[0]
-    assert first[:2] == ["forward KL, nats a token", "all"]
+    assert first[:2] == ["forward KL, nats/token", "all"]
     for cell in first[2:]:
         assert re.fullmatch(r"[+-]?\d\.\d{4} \[[+-]?\d\.\d{4}, [+-]?\d\.\d{4}\]", cell), cell
     assert found["busy"][1:] == ["rollout engine 0", "rollout engine 1", "teacher 0", "learner", "swap"]

@@ -73,7 +73,7 @@ def test_the_system_message_is_replaced_or_put_first() -> None:
 def test_texts_of_the_metadata_can_be_asked_for() -> None:
     hinted = replace(ASKED, metadata={"hint": "count", "entry": {"a": 1}})
     assert "2+2? Hint: count" in seen(context("{question} Hint: {hint}"), hinted)
-    with pytest.raises(ConfigError, match=r"teachers\.t\.context has \{entry\}, .* knows no such thing"):
+    with pytest.raises(ConfigError, match=r"teachers\.t\.context has \{entry\}, .* has no such field"):
         context("{entry}").prompt(hinted)
 
 
@@ -81,7 +81,7 @@ def test_texts_of_the_metadata_can_be_asked_for() -> None:
     ("template", "asked", "sentence"),
     [
         (HINT, replace(ASKED, answer=None), "has {answer}, and prompt 'sum/train/3' has no answer"),
-        ("{anwser}", ASKED, "has {anwser}, and prompt 'sum/train/3' knows no such thing: did you mean answer?"),
+        ("{anwser}", ASKED, "has {anwser}, and prompt 'sum/train/3' has no such field: did you mean answer?"),
         ("{question} {answer}", replace(ASKED, answer=None, metadata={"answer": ""}), ""),
     ],
 )

@@ -39,7 +39,7 @@ def test_an_engine_that_kept_a_part_of_the_old_weights_is_found_within_the_toler
     usual = compare(OLD + noise, OLD, name="engine 0", version=1, tolerance=0.25).median
     assert usual == pytest.approx(np.median(np.abs(noise)), rel=1e-3)
     compare(OLD + update + noise[::-1], OLD + update, OLD, usual, name="engine 0", version=2, tolerance=0.25)
-    with pytest.raises(ProbeError, match=r"engine 0 computes with some weights of before version 2: .* most before"):
+    with pytest.raises(ProbeError, match=r"engine 0 computes with some weights from before version 2: .* most before"):
         compare(OLD + 0.9 * update + noise, OLD + update, OLD, usual, name="engine 0", version=2, tolerance=0.25)
 
 
@@ -52,7 +52,7 @@ def test_what_is_lacking_shows_in_the_direction_of_the_update_when_rounding_hide
         compare(old + true + own, learner, previous, 0.1, name="engine 0", version=2, tolerance=0.25)
     engine = old + np.float32(0.88) * true + own
     assert np.median(np.abs(engine - learner)) < 0.15
-    with pytest.raises(ProbeError, match=r"engine 0 computes with some weights of before version 2"):
+    with pytest.raises(ProbeError, match=r"engine 0 computes with some weights from before version 2"):
         compare(engine, learner, previous, 0.1, name="engine 0", version=2, tolerance=0.25)
 
 
