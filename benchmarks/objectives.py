@@ -45,8 +45,8 @@ ARMS: dict[str, list[str]] = {
     "grpo": ["loss.objective=grpo", "learner.learning_rate=3e-4", *REWARDED],
     "negative": ["loss.objective=negative", "learner.learning_rate=1e-4"],
 }
-"""Settings of each arm, over those of the experiment. Privileged context is not among them: the testbed's models know one
-form of prompt."""
+"""Settings of each arm, over those of the experiment. Privileged context is not among them: the testbed's models know
+one form of prompt."""
 
 
 @dataclass

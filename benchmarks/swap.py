@@ -26,9 +26,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from s2w.actors.hardware import resolve_dtype
 from s2w.actors.vllm import prepare_process
 from s2w.weights.probe import compare, engine_log_probs, model_log_probs
-from s2w.weights.publish import ReceiveStep, SendStep, SwapReport, WeightReceiver, publish
+from s2w.weights.publish import EngineWeights, SwapReport, publish
 from s2w.weights.stream import CheckpointStream
-from s2w.weights.transfer import SharedMemoryTransfer
+from s2w.weights.transfer import SharedMemoryTransfer, Update
 
 SIZES: dict[str, dict[str, Any]] = {
     "60m": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1536, "num_attention_heads": 8},
@@ -37,21 +37,28 @@ SIZES: dict[str, dict[str, Any]] = {
 VOCAB_SIZE = 32768
 
 
-class OneEngine:
-    """A learner of one rank and a pool of one engine, both in this process."""
+class Receiver(EngineWeights):
+    """The engine, in this process."""
 
-    def __init__(self, llm: Any, model: Qwen3ForCausalLM, dtype: torch.dtype) -> None:
-        self.receiver = WeightReceiver(llm)
+    workers = 1
+
+
+class Learner:
+    """A learner of one rank in this process."""
+
+    def __init__(self, model: Qwen3ForCausalLM, dtype: torch.dtype) -> None:
         self.transfer = SharedMemoryTransfer(CheckpointStream(model, model.named_parameters, dtype), rank=0)
 
-    async def send_weights(self, step: SendStep, *args: Any) -> Any:
-        return getattr(self.transfer, step)(*args)
+    async def prepare_weights(self, workers: dict[int, int]) -> Update:
+        update = self.transfer.prepare(workers)
+        assert update is not None  # rank 0's
+        return update
 
-    def weight_workers(self) -> dict[int, int]:
-        return {0: 1}
+    async def connect_weights(self) -> None:
+        self.transfer.connect()
 
-    async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
-        await getattr(self.receiver, step)(*args)
+    async def send_weights(self) -> None:
+        self.transfer.send()
 
 
 def make_model(size: str, seed: int) -> Qwen3ForCausalLM:
@@ -103,11 +110,11 @@ async def measure(size: str, dtype: Any, repeats: int) -> tuple[list[SwapReport]
         )
     try:
         model = make_model(size, seed=2).to(getattr(torch, dtype))
-        engine = OneEngine(llm, model, getattr(torch, dtype))
+        learner, engines = Learner(model, getattr(torch, dtype)), {0: Receiver(llm)}
         reports = []
         for version in range(1, repeats + 2):
             model.load_state_dict(models[version % 2].state_dict())
-            reports.append(await publish(engine, engine, version))
+            reports.append(await publish(learner, engines, version))
         ids = np.arange(64, dtype=np.int32) * 97
         values = await engine_log_probs(llm, ids)
         # A swap that is fast and wrong is not a result.

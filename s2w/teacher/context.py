@@ -39,7 +39,7 @@ class Context:
     ) -> None:
         self._setting, self._template, self._system = setting, teacher.context, teacher.system_prompt
         self._tokenizer, self._kwargs = tokenizer, dict(chat_template_kwargs)
-        self._rendered: dict[tuple[tuple[str, ...], str], np.ndarray] = {}
+        self._rendered: dict[tuple[tuple[tuple[str, str], ...], str], np.ndarray] = {}
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """What the teacher sees of a prompt.
@@ -48,7 +48,7 @@ class Context:
             ConfigError: the template asks for something that the prompt does not have.
         """
         messages = self._messages(prompt)
-        key = tuple(message["content"] for message in messages), prompt.mode
+        key = tuple((message["role"], message["content"]) for message in messages), prompt.mode
         if key not in self._rendered:
             text = render(self._tokenizer, messages, prompt.mode, self._kwargs)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]

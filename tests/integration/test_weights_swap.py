@@ -19,14 +19,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from test_weights_stream import open_segments
+from memory_segments import open_segments
 from tiny_models import VOCAB_SIZE, Kind, make_checkpoint, make_model
 
 from s2w.actors.vllm import prepare_process
 from s2w.weights.probe import ProbeError, ProbeResult, compare, engine_log_probs, model_log_probs
-from s2w.weights.publish import ReceiveStep, SendStep, SwapError, SwapReport, WeightReceiver, publish
+from s2w.weights.publish import EngineWeights, SwapError, SwapReport, publish
 from s2w.weights.stream import CheckpointStream
-from s2w.weights.transfer import SharedMemoryTransfer
+from s2w.weights.transfer import SharedMemoryTransfer, Update
 
 TOLERANCE = 1e-4
 PROBE = np.array([(7 * j * j + 5 * j) % VOCAB_SIZE for j in range(90)], dtype=np.int32)
@@ -55,8 +55,36 @@ class Learner:
             model = copy.deepcopy(model).to(self.dtype)
         return model_log_probs(model, token_ids)
 
-    async def send_weights(self, step: SendStep, *args: Any) -> Any:
-        return getattr(self.transfer, step)(*args)
+    async def prepare_weights(self, workers: dict[int, int]) -> Update:
+        update = self.transfer.prepare(workers)
+        assert update is not None  # rank 0's
+        return update
+
+    async def connect_weights(self) -> None:
+        self.transfer.connect()
+
+    async def send_weights(self) -> None:
+        self.transfer.send()
+
+
+class Receiver(EngineWeights):
+    """An engine in this process."""
+
+    def __init__(self, llm: Any, workers: int) -> None:
+        super().__init__(llm)
+        self.workers = workers
+
+
+class GoneReceiver:
+    """An engine that does not answer."""
+
+    workers = 1
+
+    def __getattr__(self, step: str) -> Any:
+        async def call(*args: Any) -> None:
+            raise ConnectionError(f"{step}: the engine is gone")
+
+        return call
 
 
 class Engine:
@@ -65,7 +93,6 @@ class Engine:
     def __init__(self, runner: asyncio.Runner, path: Path, learner: Learner, **options: Any) -> None:
         self.run, self.learner = runner.run, learner
         self.options = options
-        self.workers = {0: options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)}
         self.run(self.start(path))
 
     async def start(self, path: Path) -> None:
@@ -88,19 +115,14 @@ class Engine:
                 **self.options,
             )
         )
-        self.receivers = {0: WeightReceiver(self.llm)}
+        workers = self.options.get("tensor_parallel_size", 1) * self.options.get("pipeline_parallel_size", 1)
+        self.receivers: dict[int, Any] = {0: Receiver(self.llm, workers)}
         await self.llm.update_weight_version("0")
-
-    def weight_workers(self) -> dict[int, int]:
-        return self.workers
-
-    async def receive_weights(self, engine: int, step: ReceiveStep, *args: Any) -> None:
-        await getattr(self.receivers[engine], step)(*args)
 
     def swap(self, version: int) -> SwapReport:
         """Version ``v`` has the weights of seed ``v % 2``."""
         self.learner.holds(version % 2)
-        return self.run(publish(self.learner, self, version))
+        return self.run(publish(self.learner, self.receivers, version))
 
     def log_probs(self) -> np.ndarray:
         return self.run(engine_log_probs(self.llm, PROBE))
@@ -196,7 +218,7 @@ def a_stale_layer_is_found_out_within_the_tolerance(engine: Engine) -> None:
     with torch.no_grad():
         target = make_model(learner.kind, seed=2)(ids).logits.softmax(-1)
 
-    def updated(learning_rate: float) -> torch.nn.Module:
+    def updated(learning_rate: float) -> Any:
         model = make_model(learner.kind, seed=0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
         torch.nn.functional.cross_entropy(model(ids).logits[0], target[0]).backward()
@@ -210,7 +232,7 @@ def a_stale_layer_is_found_out_within_the_tolerance(engine: Engine) -> None:
             mixed = ((n, (old if n.startswith(stale) else new).get_parameter(n)) for n, _ in new.named_parameters())
             stream = CheckpointStream(new, lambda: mixed, learner.dtype)
             learner.transfer = SharedMemoryTransfer(stream, rank=0)
-        engine.run(publish(learner, engine, version))
+        engine.run(publish(learner, engine.receivers, version))
         previous = None if version == 60 else learner.log_probs((version - 1) % 2)
         reference = learner.log_probs(version % 2)
         return compare(engine.log_probs(), reference, previous, usual, name="engine 0", version=version, tolerance=0.25)
@@ -219,7 +241,7 @@ def a_stale_layer_is_found_out_within_the_tolerance(engine: Engine) -> None:
     usual = probe(60).median
     for number, (stale, learning_rate) in enumerate((("model.layers.0.", 2e-3), ("model.layers.1.", 6e-3))):
         learner.models[1] = updated(learning_rate)
-        with pytest.raises(ProbeError, match="engine 0 computes with some weights of before version"):
+        with pytest.raises(ProbeError, match="engine 0 computes with some weights from before version"):
             probe(61 + 2 * number, stale)
         probe(61 + 2 * number)
         probe(62 + 2 * number)
@@ -228,7 +250,7 @@ def a_stale_layer_is_found_out_within_the_tolerance(engine: Engine) -> None:
 def incomplete_update_raises_and_the_next_recovers(engine: Engine) -> None:
     engine.learner.holds(1, without="model.layers.1.self_attn.k_proj")
     with pytest.raises(SwapError, match=r"misses weights of model\.layers\.1\.self_attn\.qkv_proj") as failure:
-        engine.run(publish(engine.learner, engine, 9))
+        engine.run(publish(engine.learner, engine.receivers, 9))
     assert failure.value.engines.keys() == {0}
     # Weights of two versions are in it: it must not go on.
     assert engine.run(engine.llm.is_paused())
@@ -265,7 +287,7 @@ def test_requests_in_flight_go_on_with_the_new_weights(tied: Engine) -> None:
         while len(progress) < len(prompts) or min(progress.values()) < 20:
             await asyncio.sleep(0.005)
         tied.learner.holds(1)
-        await publish(tied.learner, tied, 21)
+        await publish(tied.learner, tied.receivers, 21)
         return await asyncio.gather(*requests)
 
     for output, prompt in zip(tied.run(fly()), prompts.values(), strict=True):
@@ -294,7 +316,7 @@ def test_the_probe_of_a_swap_waits_for_no_response(tied: Engine) -> None:
         while len(progress) < 8 or min(progress.values()) < 10:
             await asyncio.sleep(0.005)
         tied.learner.holds(1)
-        await publish(tied.learner, tied, 23, PROBE)
+        await publish(tied.learner, tied.receivers, 23, PROBE)
         probe = await tied.receivers[0].probed()
         begun, done = len(progress), sum(request.done() for request in requests)
         await asyncio.gather(*requests)
@@ -348,15 +370,15 @@ def test_failures_leave_the_engine_at_work(tied: Engine) -> None:
     # The learner fails while it gathers: no engine has been touched.
     tied.learner.transfer = SharedMemoryTransfer(CheckpointStream(model, broken, torch.float32), rank=0)
     with pytest.raises(ConnectionError):
-        tied.run(publish(tied.learner, tied, 51))
+        tied.run(publish(tied.learner, tied.receivers, 51))
     tied.check(50)
     # An engine that is gone: the other resumes as it was.
-    tied.workers = {0: 1, 7: 1}
+    tied.receivers[7] = GoneReceiver()
     try:
         with pytest.raises(SwapError, match="failed to pause: engine 7") as failure:
             tied.swap(51)
     finally:
-        tied.workers = {0: 1}
+        del tied.receivers[7]
     assert failure.value.engines.keys() == {7}
     assert not tied.run(tied.llm.is_paused())
     tied.check(50)

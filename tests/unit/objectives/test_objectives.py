@@ -1,7 +1,7 @@
 """Every objective against its formula in plain float64 autograd, through the module that the learner trains.
 
-Value and gradient by every parameter of a tiny Qwen3, models and kernel in float64. Weights of tokens are float32, so both
-agree to 1e-6 relative. A formula here is written from its source, token by token, without the kernel.
+Value and gradient by every parameter of a tiny Qwen3, models and kernel in float64. Weights of tokens are float32, so
+both agree to 1e-6 relative. A formula here is written from its source, token by token, without the kernel.
 """
 
 from __future__ import annotations
