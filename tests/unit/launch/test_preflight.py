@@ -53,7 +53,7 @@ def test_the_same_template_passes(config: Config, prompts: list[Prompt]) -> None
 @pytest.mark.parametrize(
     ("ours", "theirs", "where"),
     [
-        ("<|im_start|>assistant", "<|im_start|>model", r"renders prompt 'sum/think' differently from .* from token \d+ on"),
+        ("<|im_start|>assistant", "<|im_start|>model", r"renders prompt 'sum/think' differently .* from token \d+ on"),
         ("<think>\\n\\n</think>\\n\\n", "", r"does not render prompt 'sum/think' in mode think"),
     ],
 )
