@@ -102,8 +102,9 @@ class TeacherConfig:
     expert_parallel: bool = False
     """Spread whole experts over the tensor-parallel ranks (MoE teachers)."""
     context: str | None = None
-    """Privileged context: what the teacher reads in place of the last user message, with {question} for that message
-    and {answer} for the reference answer. It scores the student's tokens under it (OPSD, arXiv 2601.18734)."""
+    """Privileged context: what the teacher reads in place of the last user message, with {question} for that message,
+    {answer} for the reference answer and {COLUMN} for a text in that column of the prompt's row. It scores the
+    student's tokens under it (OPSD, arXiv 2601.18734)."""
     system_prompt: str | None = None
     """What the teacher reads in place of the system message, or before messages that have none."""
     max_model_len: Positive | None = None
@@ -485,13 +486,14 @@ class EvalConfig:
     prompt_column: str = "prompt"
     """Column of the file with the question: text, or a list of chat messages."""
     answer_column: str = "answer"
-    """Column of the file with the right answer."""
+    """Column of the file with the right answer; empty where a verifier of your own needs none."""
     choice_columns: list[str] = field(default_factory=list)
     """Multiple choice: columns with the wrong answers; choices are shuffled, and the right answer is a letter."""
     template: str = "{question}"
     """Text of the user's message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
-    verifier: Annotated[str, OneOf("math_verify", "exact_match")] = "math_verify"
-    """How answers of a file are checked: math_verify or exact_match. (Letters of choices: always exact_match.)"""
+    verifier: str = "math_verify"
+    """How answers of a file are checked: math_verify, exact_match, or a function of your own as
+    package.module:function. (Letters of choices: always exact_match.)"""
     samples: Positive = 4
     """Responses to each problem in each mode."""
     k: list[Positive] = field(default_factory=lambda: [1])

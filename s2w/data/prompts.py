@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +29,7 @@ def build_prompts(
     seed: int,
     modes: Sequence[Mode] = (),
     context_length: int | None = None,
+    columns: Collection[str] = (),
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts.
 
@@ -40,13 +41,14 @@ def build_prompts(
         seed: seed of generated tasks and of each prompt's first sample.
         modes: modes of the run; empty means all that the chat template can ask for.
         context_length: longest sequence, in tokens, that both models take.
+        columns: of a file's rows, whose texts the prompts keep in their metadata.
 
     Raises:
         ConfigError: no or two sources, an unreadable row, a prompt that is too long, a mode the template lacks.
     """
     if bool(data.tasks) == bool(data.path):
         raise ConfigError(f"Set one of data.tasks and data.path{', not both' if data.path else ''}")
-    splits = _file_questions(data, data.path) if data.path else _task_questions(data, seed)
+    splits = _file_questions(data, data.path, columns) if data.path else _task_questions(data, seed)
     chosen = tuple(modes) or supported_modes(tokenizer)
     of_task = _task_modes(data, {question.task for questions in splits for question in questions})
     kwargs = _plain(data.chat_template_kwargs)
@@ -140,12 +142,12 @@ def _interleave(lists: list[list[Question]]) -> list[Question]:
     return [questions[i] for i in range(longest) for questions in lists if i < len(questions)]
 
 
-def _file_questions(data: DataConfig, location: str) -> tuple[list[Question], list[Question]]:
+def _file_questions(data: DataConfig, location: str, columns: Collection[str]) -> tuple[list[Question], list[Question]]:
     path = Path(location).expanduser()
     rows = read_rows(path)
 
     def questions(file: Path, split: str, found: Sequence[dict[str, Any]]) -> list[Question]:
-        read = [read_row(f"{str(file)!r}, {split} row {i}", row)[0] for i, row in enumerate(found)]
+        read = [read_row(f"{str(file)!r}, {split} row {i}", row, columns)[0] for i, row in enumerate(found)]
         return [replace(one, uid=f"{one.task or file.stem}/{split}/{i}") for i, one in enumerate(read)]
 
     if data.heldout_path is not None:

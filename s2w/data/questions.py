@@ -7,7 +7,7 @@ A row has the messages of a chat (``messages``, or ``prompt``: the text of one u
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -39,7 +39,7 @@ class Question:
     answer: str | None = None
     """None where the task's verifier needs none."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the verifier needs besides the answer."""
+    """What the verifier needs besides the answer, and the texts that a teacher's context asks for."""
     mode: Mode | None = None
     """None: in any mode."""
 
@@ -55,11 +55,12 @@ def generated_question(name: str, split: str, index: int, entry: dict[str, Any],
     )
 
 
-def read_row(where: str, row: Row) -> tuple[Question, str | None]:
+def read_row(where: str, row: Row, columns: Collection[str] = ()) -> tuple[Question, str | None]:
     """The question of a row, without uid, and its response if it has one.
 
     Args:
         where: file and row, for the error message.
+        columns: those whose texts are kept in the question's metadata.
 
     Raises:
         ConfigError: a column is missing or has a value that is not allowed.
@@ -84,7 +85,8 @@ def read_row(where: str, row: Row) -> tuple[Question, str | None]:
         raise ConfigError(f"{where} has mode {mode!r}; a mode is {' or '.join(get_args(Mode))}")
     if mode is not None and switch is not None and mode != switch:
         raise ConfigError(f"{where} has mode {mode!r}, but its messages say /{switch}")
-    metadata = _metadata(row, task, messages, answer)
+    texts = {name: row[name] for name in columns if isinstance(row.get(name), str)}
+    metadata = {**texts, **_metadata(row, task, messages, answer)}
     return Question("", messages, task, answer, metadata, mode or switch), response
 
 
@@ -181,12 +183,12 @@ def _metadata(row: Row, task: str, messages: Messages, answer: str | None) -> di
     """What the task's verifier needs: a user's own function the whole row, a reasoning-gym scorer its entry."""
     if not task or task in VERIFIERS:
         return {}
-    if is_custom(task):
-        return {"row": dict(row)}
     given = row.get("metadata") or {}
     if isinstance(given, str):
         given = json.loads(given)
-    if "entry" in given:
-        return given  # As a generated shard has it.
+    if isinstance(given, dict) and ("entry" in given or "row" in given):
+        return given  # A shard of generated responses has it from the prompt's own row.
+    if is_custom(task):
+        return {"row": dict(row)}
     question = next(message["content"] for message in reversed(messages) if message["role"] == "user")
     return {"entry": {"question": question, "answer": answer, "metadata": given}}

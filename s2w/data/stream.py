@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import Config
+from s2w.data.placeholders import context_columns
 from s2w.data.prompts import build_prompts
 from s2w.data.tasks import derive_seed
 from s2w.errors import ConfigError
@@ -141,7 +142,10 @@ def prompt_stream(
     data, seed = config.data, config.run.seed
     if data.think_ratio is None:
         return PromptStream(prompts, prompts_per_step, seed)
-    thinking, plain = (build_prompts(data, tokenizer, seed, [mode])[0] for mode in ("think", "no_think"))
+    columns = context_columns(config)
+    thinking, plain = (
+        build_prompts(data, tokenizer, seed, [mode], columns=columns)[0] for mode in ("think", "no_think")
+    )
     last = data.think_ratio if data.think_ratio_end is None else data.think_ratio_end
     ratio = ThinkRatio(data.think_ratio, last, config.loop.steps, thinking)
     return PromptStream(plain, prompts_per_step, seed, ratio=ratio)

@@ -22,6 +22,7 @@ from s2w.data.questions import (
     with_system_prompt,
 )
 from s2w.data.tasks import check_task, derive_seed, generate
+from s2w.data.verifiers import check_verifier, is_custom
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import hub_answers
 from s2w.records import Mode, Prompt
@@ -36,6 +37,10 @@ def read_problems(config: EvalConfig) -> list[Question]:
     Raises:
         ConfigError: none or both are set, there is no such task or file, or a column is missing.
     """
+    try:
+        check_verifier(config.verifier)
+    except ConfigError as error:
+        raise ConfigError(f"eval.verifier: {error}") from error
     if bool(config.tasks) == bool(config.path):
         raise ConfigError(f"set one of eval.tasks and eval.path{', not both' if config.path else ''}")
     if config.path:
@@ -75,7 +80,12 @@ def _file_problems(config: EvalConfig, location: str) -> list[Question]:
         raise ConfigError("eval.template must contain {question}")
     path = _fetch(location)
     rows = read_rows(path)
-    columns = {"eval.prompt_column": config.prompt_column, "eval.answer_column": config.answer_column}
+    own = is_custom(config.verifier)
+    columns = {"eval.prompt_column": config.prompt_column}
+    if config.answer_column:
+        columns["eval.answer_column"] = config.answer_column
+    elif not own or config.choice_columns:
+        raise ConfigError("eval.answer_column is empty: only a verifier of your own (eval.verifier) needs no answer")
     columns |= {f"eval.choice_columns[{i}]": name for i, name in enumerate(config.choice_columns)}
     problems = []
     for i, row in enumerate(rows):
@@ -85,8 +95,9 @@ def _file_problems(config: EvalConfig, location: str) -> list[Question]:
                 raise ConfigError(f"{location!r}, row {i}, has no {column!r} ({setting}); its columns are: {there}")
             if not str(row[column]).strip():
                 raise ConfigError(f"{location!r}, row {i}: its {column!r} ({setting}) is empty")
-        given, answer, task = row[config.prompt_column], str(row[config.answer_column]), config.verifier
-        if config.choice_columns:
+        given, task = row[config.prompt_column], config.verifier
+        answer = str(row[config.answer_column]).strip() if config.answer_column else None
+        if config.choice_columns and answer is not None:
             wrong = [str(row[column]) for column in config.choice_columns]
             choices, answer = _shuffled(answer, wrong, derive_seed("choices", config.seed, i))
             given, task = f"{str(given).strip()}\n\n{choices}", "exact_match"
@@ -95,7 +106,8 @@ def _file_problems(config: EvalConfig, location: str) -> list[Question]:
         where = f"{location!r}, row {i}"
         messages = read_messages(where, given)
         check_prompt(where, messages)
-        problems.append(Question(f"{path.stem}/{i}", messages, task, answer.strip()))
+        metadata = {"row": dict(row)} if own else {}
+        problems.append(Question(f"{path.stem}/{i}", messages, task, answer, metadata))
     return problems
 
 

@@ -168,12 +168,18 @@ def mode_scores(graded: Sequence[Graded]) -> dict[str, dict[str, float]]:
     """
     scores: dict[str, dict[str, float]] = {}
     for mode in sorted({one.mode for one in graded}):
-        own = [one.metrics for one in graded if one.mode == mode]
-        names = dict.fromkeys(name for metrics in own for name in metrics)
-        scores[mode] = {"prompts": len(own)} | {
-            name: _mean(metrics[name] for metrics in own if name in metrics) for name in names
-        }
+        own = [one for one in graded if one.mode == mode]
+        scores[mode] = {"prompts": len(own)} | mean_metrics(own)
     return scores
+
+
+def mean_metrics(graded: Iterable[Graded]) -> dict[str, float]:
+    """The mean of each of :attr:`Graded.metrics` over the responses that have it."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for one in graded:
+        for name, value in one.metrics.items():
+            values[name].append(value)
+    return {name: _mean(given) for name, given in values.items()}
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from s2w.config.schema import Config
+from s2w.data.placeholders import context_columns
 from s2w.data.prompts import build_prompts
 from s2w.launch import preflight
 from s2w.launch.check import check, check_prompts, check_resources
@@ -36,7 +37,12 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
     began = time.time()
     models = check(config)
     prompts, heldout = build_prompts(
-        config.data, models.student.tokenizer, config.run.seed, config.data.modes, models.max_model_len
+        config.data,
+        models.student.tokenizer,
+        config.run.seed,
+        config.data.modes,
+        models.max_model_len,
+        context_columns(config),
     )
     context_tokens = check_prompts(config, models, [*prompts, *heldout])
     if config.run.preflight != "none":

@@ -212,7 +212,7 @@ class AlphaDivergence(Divergence):
     The terms are alpha p + (1 - alpha) q - p^alpha q^(1 - alpha), which sum to the same and are never negative.
     """
 
-    alpha: float = 0.5
+    alpha: float = 0.1
 
     def __post_init__(self) -> None:
         _require(0 <= self.alpha <= 1, "alpha_divergence needs 0 <= alpha <= 1", self.alpha)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from s2w.eval.grading import RESPONSE_LENGTH, Graded
-from s2w.eval.scores import mode_scores
+from s2w.eval.grading import Graded
+from s2w.eval.scores import mean_metrics, mode_scores
 from s2w.learner.group import LearnerStep
 from s2w.learner.metrics import GRAD_NORM, LEARNING_RATE, LEFT_OUT, LOSS, SKIPPED
 from s2w.metric import define
@@ -116,6 +116,7 @@ class StepReporter:
         response = sum(len(rollout.token_ids) for rollout in rollouts)
         # The others are responses of the teacher (loop.off_policy_fraction).
         own = [rollout for rollout in rollouts if rollout.versions]
+        own_graded = [one for rollout, one in zip(rollouts, graded, strict=True) if rollout.versions]
         signals = [signal for sample in samples for signal in (sample.signal, sample.reference) if signal]
         rates = self._rates(step, samples, update, times)
         pause_ms, probe_error = math.nan, math.nan
@@ -132,7 +133,7 @@ class StepReporter:
             LEFT_OUT.name: update.left_out,
             PROMPTS.name: len({rollout.prompt.uid for rollout in rollouts}),
             RESPONSE_TOKENS.name: response,
-            RESPONSE_LENGTH.name: sum(len(rollout.token_ids) for rollout in own) / len(own),
+            **mean_metrics(own_graded),
             LENGTH_LIMIT.name: length_limit,
             FINISH.name: {reason: count / len(own) for reason, count in sorted(finish.items())},
             STALENESS_MEAN.name: sum(age * tokens for age, tokens in ages) / sum(tokens for _, tokens in ages),
@@ -149,7 +150,7 @@ class StepReporter:
             SWAP_MS.name: pause_ms,
             PROBE_ERROR.name: probe_error,
             SECONDS.name: now - self._began,
-            "by_mode": _by_mode(samples, graded, update),
+            "by_mode": _by_mode(own_graded, update),
             "phase": "on_policy",
         }
 
@@ -226,9 +227,8 @@ def update_metrics(update: LearnerStep) -> Line:
     }
 
 
-def _by_mode(samples: Sequence[Scored], graded: Sequence[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
+def _by_mode(own: Sequence[Graded], update: LearnerStep) -> dict[str, dict[str, float]]:
     """By mode, for the responses that the student sampled: the learner's metrics and the grades."""
-    own = [one for sample, one in zip(samples, graded, strict=True) if sample.rollout.versions]
     result: dict[str, dict[str, float]] = {}
     for mode, scores in mode_scores(own).items():
         responses = {RESPONSES.name: scores.pop("prompts")}

@@ -6,7 +6,6 @@ answer, it is a teacher to itself.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import TeacherConfig
+from s2w.data.placeholders import placeholders
 from s2w.errors import ConfigError, did_you_mean
 from s2w.models.modes import render, supported_modes
 from s2w.records import Prompt, Rollout
@@ -79,8 +79,8 @@ class Context:
         known = {"question": question, "answer": prompt.answer} | {
             name: value for name, value in prompt.metadata.items() if isinstance(value, str)
         }
-        for _, name, _, _ in string.Formatter().parse(template):
-            if name and known.get(name) is None:
+        for name in placeholders(f"{self._setting}.context", template):
+            if known.get(name) is None:
                 there = "has no answer" if name == "answer" else f"has no such field{did_you_mean(name, known)}"
                 raise ConfigError(f"{self._setting}.context has {{{name}}}, and prompt {prompt.uid!r} {there}")
         return template.format(**known)

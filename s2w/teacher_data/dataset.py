@@ -14,6 +14,7 @@ import numpy as np
 
 from s2w.config.schema import Config
 from s2w.data.files import Row, rows
+from s2w.data.placeholders import context_columns
 from s2w.data.questions import Question, as_prompts, encode, read_row, with_system_prompt
 from s2w.errors import ConfigError
 from s2w.models.modes import EMPTY_THINK_BLOCK, THINK_OPEN, opens_thinking, split_thinking, supported_modes
@@ -77,14 +78,14 @@ def _examples(path: Path, config: Config, models: ModelPair) -> Iterator[_Exampl
     """The rows of a file, or of all Parquet files of a directory."""
     tokenizer = models.student.tokenizer
     modes, opened = supported_modes(tokenizer), opens_thinking(tokenizer)
-    vocabulary = vocabulary_hash(tokenizer)
+    vocabulary, columns = vocabulary_hash(tokenizer), context_columns(config)
     number = 0
     for file in response_files(path):
         # Token ids of another vocabulary mean nothing.
         same = file.suffix == ".parquet" and provenance_of(file).get(VOCABULARY) == vocabulary
         for i, row in enumerate(rows(file)):
             where = f"{str(file)!r}, row {i}"
-            question, text = read_row(where, row)
+            question, text = read_row(where, row, columns)
             if text is None:
                 there = ", ".join(map(str, row))
                 raise ConfigError(

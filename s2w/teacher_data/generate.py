@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from s2w.actors.calls import each
 from s2w.actors.hardware import resolve_dtype
 from s2w.config.schema import Config, RolloutConfig
+from s2w.data.placeholders import context_columns
 from s2w.data.prompts import build_prompts
 from s2w.models.checkpoint import ModelReference
 from s2w.models.modes import supported_modes
@@ -31,7 +32,8 @@ from s2w.teacher_data.shards import VOCABULARY, ShardStore, vocabulary_hash
 def teacher_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The training prompts, each in every mode of the run; one that names its own mode only in that mode."""
     modes: list[Mode] = list(config.data.modes) or list(supported_modes(tokenizer))
-    by_mode = [build_prompts(config.data, tokenizer, config.run.seed, [mode])[0] for mode in modes]
+    columns = context_columns(config)
+    by_mode = [build_prompts(config.data, tokenizer, config.run.seed, [mode], columns=columns)[0] for mode in modes]
     count = config.off_policy.prompts
     versions = [same[:count] for same in by_mode]
     unique = {(prompt.uid, prompt.mode): prompt for same in zip(*versions, strict=True) for prompt in same}

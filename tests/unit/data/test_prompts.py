@@ -14,7 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 from tiny_models import make_tokenizer
 
-from s2w.config.schema import DataConfig
+from s2w.config.schema import Config, DataConfig
+from s2w.data.placeholders import context_columns, placeholders
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
 from s2w.models.modes import EMPTY_THINK_BLOCK
@@ -59,6 +60,23 @@ def test_settings_may_come_from_omegaconf() -> None:
     data = OmegaConf.structured(DataConfig(tasks=["gcd"], task_options={"gcd": {"max_numbers": 2}}, train_prompts=2,
                                            heldout_prompts=1))  # fmt: skip
     assert len(build_prompts(data, TOKENIZER, seed=0, modes=["think"])[0]) == 2
+
+
+def test_columns_that_a_teacher_reads_are_kept(tmp_path: Path) -> None:
+    """And no others: rows can be large."""
+    rows = [{"prompt": f"{i}+{i}?", "answer": str(2 * i), "hint": f"double {i}", "solution": "add"} for i in range(3)]
+    config = Config(data=DataConfig(path=write_jsonl(tmp_path / "p.jsonl", rows), heldout_prompts=1))
+    config.teacher.context = "{question} {{Hint}}: {hint} {level}"
+    config.teachers = {"other": {"model": "m", "context": "{answer}"}}
+    assert context_columns(config) == {"hint", "level"}
+    train, _ = build_prompts(config.data, TOKENIZER, seed=0, columns=context_columns(config))
+    assert [prompt.metadata for prompt in train] == [{"hint": "double 0"}, {"hint": "double 1"}]
+
+
+@pytest.mark.parametrize("template", ["{question", "{question.text}", "{}", "{answer:3}", "{answer!r}"])
+def test_a_context_with_more_than_names_in_braces(template: str) -> None:
+    with pytest.raises(ConfigError, match=r"^teachers\.t\.context=.*write \{\{ for a brace that is text$"):
+        placeholders("teachers.t.context", template)
 
 
 def test_jsonl_and_parquet_give_the_same_prompts(tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_files(tmp_path: Path, suffix: str) -> None:
     assert (problems[2].answer, problems[2].task) == ("4", "math_verify")
 
 
+def test_a_verifier_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given the whole row, and may need no answer."""
+    (tmp_path / "own_grading.py").write_text("def second(response, answer, row):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"path": str(write_jsonl(tmp_path / "sums.jsonl")), "prompt_column": "problem"}
+    problems = read_problems(EvalConfig(verifier="own_grading:second", answer_column="", **settings))
+    assert (problems[2].answer, problems[2].task) == (None, "own_grading:second")
+    assert problems[2].metadata == {"row": ROWS[2]}
+    with pytest.raises(ConfigError, match=r"^eval\.answer_column is empty: only a verifier of your own"):
+        read_problems(EvalConfig(answer_column="", **settings))
+    with pytest.raises(ConfigError, match=r"^eval\.verifier: There is no verifier .* did you mean 'math_verify'"):
+        read_problems(EvalConfig(verifier="math_verfy", **settings))
+
+
 def test_prompts_of_both_modes_differ_in_the_think_block_only() -> None:
     tokenizer = make_tokenizer()
     config = EvalConfig(tasks=["chain_sum"], problems=2, system_prompt="Be short.")

@@ -96,7 +96,7 @@ EVAL = [
     ("eval.k=[]", "eval.k=[]: give at least one k"),
     ("eval.thinking_budgets=[null,0]", "eval.thinking_budgets=[None, 0]: must be >= 1, or null"),
     ("eval.seed=-1", "eval.seed=-1: must be >= 0"),
-    ("eval.verifier=guess", "eval.verifier=guess: must be one of math_verify, exact_match"),
+    ("eval.verifier=guess", "eval.verifier: There is no verifier and no reasoning-gym task 'guess'"),
     ("rollout.max_batched_tokens=8", "rollout.max_batched_tokens=8 is less than rollout.max_sequences=64"),
     ("model=MODELS/cut", "cut/model.safetensors' is cut off or no safetensors file"),
     ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3 does not divide the 4 attention heads"),
