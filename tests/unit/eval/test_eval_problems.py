@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,7 +58,7 @@ def test_a_verifier_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """It is given the whole row, and may need no answer."""
     (tmp_path / "own_grading.py").write_text("def second(response, answer, row):\n    return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    settings = {"path": str(write_jsonl(tmp_path / "sums.jsonl")), "prompt_column": "problem"}
+    settings: dict[str, Any] = {"path": str(write_jsonl(tmp_path / "sums.jsonl")), "prompt_column": "problem"}
     problems = read_problems(EvalConfig(verifier="own_grading:second", answer_column="", **settings))
     assert (problems[2].answer, problems[2].task) == (None, "own_grading:second")
     assert problems[2].metadata == {"row": ROWS[2]}
