@@ -125,7 +125,8 @@ def distillation(world: World, samples: Sequence[Scored]) -> Tensor:
 
 
 def cross_entropy(world: World, samples: Sequence[Scored]) -> Tensor:
-    return -sum(at(world.log_probs(world.student, s), s).sum() for s in samples) / total(samples)  # type: ignore[operator]
+    log_probs = torch.cat([at(world.log_probs(world.student, sample), sample) for sample in samples])
+    return -log_probs.sum() / total(samples)
 
 
 def policy_gradient(world: World, samples: Sequence[Scored]) -> Tensor:
