@@ -6,7 +6,9 @@ import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from live_run import live_run
 from verifiable import prompt
@@ -14,6 +16,7 @@ from verifiable import prompt
 from s2w.data.tasks import generate
 from s2w.data.verifier_process import VerifierClosedError, VerifierProcess
 from s2w.errors import ConfigError
+from s2w.records import Prompt
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +67,43 @@ def test_a_closed_verifier_starts_no_other_process() -> None:
         with pytest.raises(VerifierClosedError):
             grading.result(10)
     assert multiprocessing.active_children() == []
+
+
+OWN = """
+import time
+
+time.sleep(1.5)
+
+
+def length(response, answer, row):
+    return min(1, len(response) / row["wanted"])
+
+
+def fails(response, answer, row):
+    return row["missing"]
+
+
+def endless(response, answer, row):
+    while response == "loop":
+        pass
+    return 1
+"""
+
+
+def test_a_verifier_of_ones_own_runs_within_its_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its import is not timed."""
+    (tmp_path / "scoring.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+
+    def asked(function: str, **row: Any) -> Prompt:
+        task = f"scoring:{function}"
+        return Prompt("own/train/7", (), np.zeros(1, np.int32), "no_think", 0, task, None, {"row": row})
+
+    with VerifierProcess(timeout_s=1.0) as process:
+        assert process.verify(asked("length", wanted=8), "four") == 0.5
+        with pytest.raises(ConfigError, match=r"^Prompt 'own/train/7'.* failed in .*: KeyError: 'missing'$"):
+            process.verify(asked("fails"), "four")
+        with pytest.raises(ConfigError, match="has no lenght"):
+            process.verify(asked("lenght"), "four")
+        assert process.verify(asked("endless"), "loop") == 0.0
+        assert process.verify(asked("length", wanted=4), "four") == 1.0

@@ -14,18 +14,11 @@ import numpy as np
 import pytest
 
 from s2w.data import verifiers
-from s2w.data.verifier_process import VerifierProcess
 from s2w.data.verifiers import check_verifier, is_custom, verify
 from s2w.errors import ConfigError
 from s2w.records import Prompt
 
 MODULE = """
-import time
-
-imported_s = {slow}
-time.sleep(imported_s)
-
-
 def length(response, answer, row):
     '''Part marks by length.'''
     return min(1, len(response) / row["wanted"])
@@ -59,12 +52,6 @@ def nothing(response, answer, row):
     pass
 
 
-def endless(response, answer, row):
-    while response == "loop":
-        pass
-    return 1
-
-
 class Scorers:
     @staticmethod
     def right(response, answer, row):
@@ -79,7 +66,7 @@ NUMBER = 3
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A module in the current directory, which is not on the path yet."""
     (tmp_path / "own_task").mkdir()
-    (tmp_path / "own_task/scoring.py").write_text(MODULE.replace("{slow}", "0"))
+    (tmp_path / "own_task/scoring.py").write_text(MODULE)
     (tmp_path / "own_task/broken.py").write_text("import json\njson.loads('{')\n")
     (tmp_path / "own_task/quits.py").write_text("raise SystemExit('usage: ...')\n")
     (tmp_path / "own_task/needs.py").write_text("import not_installed_here\n")
@@ -145,19 +132,6 @@ def test_what_a_verifier_does_wrong_names_the_row(module: str, function: str, me
     check_verifier(task)
     with pytest.raises(ConfigError, match=rf"^Prompt 'own/train/7': its verifier {task} {message}"):
         verify(prompt(task, wanted=8), "four")
-
-
-def test_it_runs_in_the_process_of_verifiers_within_its_time_limit(module: str) -> None:
-    """Its import is not timed."""
-    Path("own_task/scoring.py").write_text(MODULE.replace("{slow}", "1.5"))
-    with VerifierProcess(timeout_s=1.0) as process:
-        assert process.verify(prompt(f"{module}:length", wanted=8), "four") == 0.5
-        with pytest.raises(ConfigError, match=r"^Prompt 'own/train/7'.* failed in .*: KeyError: 'missing'$"):
-            process.verify(prompt(f"{module}:fails"), "four")
-        with pytest.raises(ConfigError, match="has no lenght"):
-            process.verify(prompt(f"{module}:lenght"), "four")
-        assert process.verify(prompt(f"{module}:endless"), "loop") == 0.0
-        assert process.verify(prompt(f"{module}:length", wanted=4), "four") == 1.0
 
 
 def test_a_console_command_finds_modules_of_the_current_directory(module: str) -> None:

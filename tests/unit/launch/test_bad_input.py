@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny_models import make_checkpoint
 
 from s2w import cli
-from s2w.config.compose import compose
-from s2w.errors import ConfigError
-from s2w.launch.check import check, check_resources
 
 INDEX = "model.safetensors.index.json"
 
@@ -155,64 +150,3 @@ def test_the_environment_is_an_address_too(
     assert cli.main(["train", *required]) == 2
     said = capsys.readouterr().err
     assert "cluster.address=null: no Ray cluster answers at" in said and "run `ray stop`, or write" in said
-
-
-SAMPLED = ["signal.kind=sampled", "loss.divergence=reverse_kl"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ([*SAMPLED, "rollout.top_p=0.9"], "write rollout.top_p=1, rollout.top_k=-1 and a rollout.temperature above 0"),
-        ([*SAMPLED, "rollout.top_k=20"], "write rollout.top_p=1, rollout.top_k=-1 and a rollout.temperature above 0"),
-        ([*SAMPLED, "rollout.temperature=0"], "tokens that are never sampled bias it"),
-        ([*SAMPLED, "rollout.temperature=0.7"], None),
-        ([*SAMPLED, "rollout.temperature=0.7", "loss.discount=1"], "write rollout.temperature=1.0"),
-        ([*SAMPLED, "rollout.temperature=0.7", "loss.importance_limit=2"], "write rollout.temperature=1.0"),
-        ([*SAMPLED, "rollout.temperature=0.7", "loss={temperature: 0.7, discount: 1}"], None),
-        (["signal.kind=ids", "rollout.top_k=20"], "signal.kind=ids needs signal.top_k=64 candidates"),
-        (["signal.kind=ids", "rollout.top_p=0.95"], "signal.kind=ids needs signal.top_k=64 candidates"),
-        (["signal.kind=ids", "rollout.top_k=64"], None),
-        (["rollout.top_k=20", "rollout.top_p=0.95"], None),
-    ],
-)
-def test_signals_need_what_they_are_about_sampled(
-    models: Path, tmp_path: Path, settings: list[str], sentence: str | None
-) -> None:
-    dense = models / "dense"
-    required = [f"teacher.model={dense}", f"student.model={dense}", "data.tasks=[chain_sum]", f"run.dir={tmp_path}/r"]
-    config = compose([*required, *settings])
-    if sentence is None:
-        check(config)
-    else:
-        with pytest.raises(ConfigError, match=re.escape(sentence)):
-            check(config)
-
-
-@pytest.mark.parametrize(("temperature", "top_p", "unbiased"), [(1.0, 1.0, True), (0.6, 1.0, True), (1.0, 0.9, False)])
-def test_importance_weights_correct_a_temperature_but_no_nucleus(
-    temperature: float, top_p: float, unbiased: bool
-) -> None:
-    """What the checks above rest on: the mean of rho (log q - log p), exact over all tokens that can be drawn."""
-    draw = np.random.default_rng(0)
-    logits, teacher = draw.normal(0, 2, 50), draw.normal(0, 2, 50)
-    log_q = logits - np.logaddexp.reduce(logits)
-    log_p = teacher - np.logaddexp.reduce(teacher)
-    sampling = np.exp(logits / temperature - np.logaddexp.reduce(logits / temperature))
-    order = np.argsort(-sampling)
-    sampling[order[np.cumsum(sampling[order]) - sampling[order] >= top_p]] = 0
-    sampling /= sampling.sum()
-    there = sampling > 0
-    rho = np.exp(log_q[there]) / sampling[there]
-    estimate = (sampling[there] * rho * (log_q - log_p)[there]).sum()
-    exact = (np.exp(log_q) * (log_q - log_p)).sum()
-    assert (abs(estimate - exact) < 1e-9) == unbiased
-
-
-def test_stage_0_in_bfloat16_is_refused_once_the_device_is_known(models: Path, tmp_path: Path) -> None:
-    dense = models / "dense"
-    required = [f"teacher.model={dense}", f"student.model={dense}", f"run.dir={tmp_path}/r", "learner.zero_stage=0"]
-    config = compose(required)
-    with pytest.raises(ConfigError, match=r"accumulate gradients in bfloat16: write learner\.zero_stage=1"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
-    check_resources(compose([*required, "learner.dtype=float32"]), "cuda", {"CPU": 8, "GPU": 8})

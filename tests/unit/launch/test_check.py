@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny_models import make_checkpoint
 
@@ -13,9 +12,9 @@ from s2w import cli
 from s2w.config.compose import compose, to_yaml
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
-from s2w.launch.check import check, check_prompts, check_resources
-from s2w.models.modes import EMPTY_THINK_BLOCK, render
-from s2w.records import Mode, Prompt
+from s2w.launch.check import check, check_resources
+from s2w.models.modes import EMPTY_THINK_BLOCK
+from s2w.records import Mode
 
 
 @pytest.fixture(scope="module")
@@ -97,148 +96,6 @@ def test_bad_input(overrides: list[str], extra: str, sentence: str | None) -> No
         check(compose([*overrides, extra]))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-TWICE = "loop.samples_per_prompt=2"
-PREFIX, STABLE, MIXTURE = "loss.objective=prefix", "loss.objective=stable", "loss.divergence=kl_mixture"
-
-
-@pytest.mark.parametrize(
-    ("extra", "sentence"),
-    [
-        (
-            ["loss.objective=gpro"],
-            "loss.objective=gpro: there is no such objective: did you mean grpo? known are diverge",
-        ),
-        (
-            ["off_policy.loss=divergance"],
-            "off_policy.loss=divergance: there is no such objective: did you mean diverge",
-        ),
-        (["loss.objective=cross_entropy"], "that is an objective of the off-policy phase; write divergence or grpo or"),
-        (["off_policy.loss=prefix"], "that is an objective of the on-policy phase; write cross_entropy or divergence"),
-        (
-            [PREFIX, "loss.options.gama=1"],
-            "unknown setting loss.options.gama of loss.objective=prefix and loss.divergence=forward_kl: did you mean g",
-        ),
-        (
-            [MIXTURE, "loss.options.gamma=1"],
-            "unknown setting loss.options.gamma of loss.objective=divergence and loss.divergence=kl_mixture: their "
-            "settings are forward_weight",
-        ),
-        (["loss.options.gamma=1"], "and loss.divergence=forward_kl: their settings are none"),
-        (
-            [MIXTURE, "loss.options.forward_weight=2"],
-            "loss.divergence=kl_mixture: kl_mixture needs 0 <= forward_weight",
-        ),
-        ([MIXTURE, "loss.options.forward_weight=0.9"], None),
-        ([PREFIX, "loss.options.gamma=much"], "loss.options.gamma: Value 'much'"),
-        ([PREFIX, "loss.options.gamma=-1"], "loss.options.gamma=-1.0: must be >= 0"),
-        ([PREFIX, "loss.options.part_nats=0"], "loss.options.part_nats=0.0: must be > 0, or null"),
-        (
-            [PREFIX, "loss.options.length_quantile=0.9"],
-            "loss.options.length_quantile=0.9 follows the point where teacher and student part: write "
-            "loss.options.part_nats too",
-        ),
-        ([PREFIX, "loss.options={length_quantile: 0.9, part_nats: 20}"], None),
-        ([STABLE, "loss.options.loop_tokens=0"], "loss.options.loop_tokens=0: must be >= 1"),
-        (["loss.objective=kdrl", TWICE], "loss.objective=kdrl with reward.weight=0 is distillation alone"),
-        (["loss.objective=kdrl", TWICE, "reward.weight=0.5"], None),
-        (
-            ["reward.weight=0.5"],
-            "loss.objective=divergence uses no reward, but reward.weight=0.5: write loss.objective=",
-        ),
-        (
-            ["reference={replicas: 1}"],
-            "loss.objective=divergence uses no reference model, but `reference` is set: remove",
-        ),
-        ([STABLE, "reference={replicas: 1}"], "loss.objective=stable uses no reference model, but `reference` is set"),
-        ([STABLE, "reference={replicas: 1}", "loss.options.reference_weight=0.1"], None),
-        (
-            ["loss.objective=grpo", TWICE, "signal.bias_every=1"],
-            "with loss.objective=grpo no signal reaches the learner",
-        ),
-        (["loss.objective=negative"], None),
-    ],
-)
-def test_what_objectives_need(overrides: list[str], extra: list[str], sentence: str | None) -> None:
-    config = compose([*overrides, *extra])
-    if sentence is None:
-        check(config)
-        return
-    with pytest.raises(ConfigError) as caught:
-        check(config)
-    assert sentence in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("extra", "setting"),
-    [
-        ("rollout.temperature=0.7", "rollout.temperature=1.0"),
-        ("rollout.top_p=0.9", "rollout.top_p=1"),
-        ("rollout.top_k=20", "rollout.top_k=-1"),
-        ("loop.off_policy_fraction=0.5", "loop.off_policy_fraction=0"),
-    ],
-)
-@pytest.mark.parametrize(
-    "objective", [["loss.objective=grpo"], ["loss.objective=kdrl", "reward.weight=0.5"], ["loss.objective=prefix"]]
-)
-def test_sampled_log_probs_need_the_sampling_distribution(
-    overrides: list[str], objective: list[str], extra: str, setting: str
-) -> None:
-    fine = [*overrides, *objective, "loop.samples_per_prompt=4"]
-    check(compose(fine))
-    with pytest.raises(ConfigError) as caught:
-        check(compose([*fine, extra]))
-    assert objective[0] in str(caught.value) and setting in str(caught.value)
-
-
-def test_grpo_needs_answers(overrides: list[str]) -> None:
-    config = compose([*overrides, "loss.objective=grpo", "loop.samples_per_prompt=4"])
-    prompt = Prompt("file/train/3", (), np.zeros(1, np.int32), "think", 0)
-    models = check(config)
-    assert check_prompts(config, models, [replace(prompt, task="chain_sum")]) == {}
-    with pytest.raises(ConfigError, match="'file/train/3' has neither `task` nor `answer`"):
-        check_prompts(config, models, [replace(prompt, task="chain_sum"), prompt])
-
-
-@pytest.mark.parametrize("way", ["divergence", "log_probs"])
-@pytest.mark.parametrize("setting", ["context='{question} {answer}'", "system_prompt='You know.'"])
-def test_a_preflight_is_about_the_students_own_prompts(
-    overrides: list[str], checkpoint: str, way: str, setting: str
-) -> None:
-    name, _, value = setting.partition("=")
-    check(compose([*overrides, f"teacher.{setting}"]))
-    with pytest.raises(ConfigError, match=rf"run\.preflight={way} compares .*, but teacher reads other ones"):
-        check(compose([*overrides, f"teacher.{setting}", f"run.preflight={way}"]))
-    another = f"teachers.knowing={{model: {checkpoint}, {name}: {value}}}"
-    with pytest.raises(ConfigError, match=rf"run\.preflight={way} compares .*, but teachers\.knowing reads other ones"):
-        check(compose([*overrides, another, f"run.preflight={way}"]))
-
-
-def test_a_context_needs_what_it_asks_for(overrides: list[str]) -> None:
-    """And says how much longer than the student's prompts the teacher's are."""
-    config = compose([*overrides, "teacher.context='{question} ({answer})'"])
-    models = check(config)
-    tokenizer, messages = models.student.tokenizer, ({"role": "user", "content": "1 + 1?"},)
-    ids = np.asarray(tokenizer(render(tokenizer, messages, "no_think"))["input_ids"])
-    prompt = Prompt("file/train/3", messages, ids, "no_think", 0, answer="2")
-    assert check_prompts(config, models, [prompt]) == {"teacher": len(tokenizer(" (2)")["input_ids"])}
-    with pytest.raises(ConfigError, match=r"teacher\.context has \{answer\}, and prompt 'file/train/3' has no answer"):
-        check_prompts(config, models, [prompt, replace(prompt, answer=None)])
-
-
-def test_a_reference_is_counted_and_laid_out(overrides: list[str]) -> None:
-    stable = [*overrides, STABLE, "loss.options.reference_weight=0.1"]
-    check(compose([*stable, "reference={replicas: 2}"]))
-    with pytest.raises(ConfigError, match=r"reference\.tensor_parallel=3 does not divide the 4 attention heads"):
-        check(compose([*stable, "reference={tensor_parallel: 3}"]))
-    with pytest.raises(ConfigError, match=r"unknown setting reference\.replica: did you mean replicas"):
-        check(compose([*stable, "reference={replica: 2}"]))
-    config = compose([*stable, "reference={replicas: 2, tensor_parallel: 2}"])
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 7})
-    with pytest.raises(ConfigError, match=r"asks for 7 GPUs \(teachers 5, rollout engines 1, learner 1\)"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 6})
 
 
 def test_thinking_switch_is_added_where_asked(overrides: list[str], tmp_path: Path) -> None:
@@ -330,3 +187,11 @@ def test_padded_vocabularies_are_accepted_and_said(overrides: list[str], tmp_pat
     assert models.vocabulary.vocab_size == 512
     [note] = models.vocabulary.notes
     assert "576" in note and "512" in note
+
+
+def test_stage_0_in_bfloat16_is_refused_once_the_device_is_known(overrides: list[str]) -> None:
+    required = [*overrides, "learner.zero_stage=0"]
+    config = compose(required)
+    with pytest.raises(ConfigError, match=r"accumulate gradients in bfloat16: write learner\.zero_stage=1"):
+        check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
+    check_resources(compose([*required, "learner.dtype=float32"]), "cuda", {"CPU": 8, "GPU": 8})

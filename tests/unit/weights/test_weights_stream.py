@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from s2w.weights.shm import ALIGNMENT, Segment, read_segment
 from s2w.weights.stream import CheckpointStream
-from s2w.weights.transfer import NcclTransfer, SharedMemoryTransfer
+from s2w.weights.transfer import SharedMemoryTransfer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,51 +122,3 @@ def test_other_ranks_take_part_in_gathering_and_send_nothing() -> None:
 
     assert SharedMemoryTransfer(CheckpointStream(model, parameters, torch.float32), rank=1).prepare({0: 1}) is None
     assert gathered == [name for name, _ in model.named_parameters()]
-
-
-def test_nccl_plan_gives_every_worker_its_rank() -> None:
-    """Only the plan: the communicator itself needs GPUs."""
-    model = make_model("moe", seed=0)
-    stream = CheckpointStream(model, model.named_parameters, torch.bfloat16)
-    transfer = NcclTransfer(stream, rank=0)
-    update = transfer.prepare({3: 2, 5: 4})
-    assert update is not None
-    plans = update.connect
-    assert {engine: plan["rank_offset"] for engine, plan in plans.items()} == {3: 1, 5: 3}
-    assert {plan["world_size"] for plan in plans.values()} == {7}
-    assert update.info["names"] == [tensor.name for tensor in stream.metadata()]
-    assert set(update.info["dtype_names"]) == {"bfloat16"}
-
-
-class Broadcast:
-    """In place of vLLM's NCCL engine, which needs GPUs."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-
-    def send_weights(self) -> None:
-        if self.error:
-            raise self.error
-
-
-def test_nccl_connects_anew_until_a_swap_has_gone_through() -> None:
-    model = make_model("moe", seed=0)
-    transfer = NcclTransfer(CheckpointStream(model, model.named_parameters, torch.bfloat16), rank=0)
-
-    def connects(workers: dict[int, int]) -> set[int]:
-        update = transfer.prepare(workers)
-        assert update is not None
-        return set(update.connect)
-
-    # Nobody has met yet, or the meeting failed.
-    assert connects({3: 2, 5: 4}) == connects({3: 2, 5: 4}) == {3, 5}
-    transfer._engine = cast(Any, Broadcast())
-    transfer.send()
-    assert connects({3: 2, 5: 4}) == set()
-    assert connects({3: 2, 5: 4, 6: 1}) == {3, 5, 6}
-    transfer.send()
-    assert connects({3: 2, 5: 4, 6: 1}) == set()
-    transfer._engine = cast(Any, Broadcast(ConnectionError("a peer is gone")))
-    with pytest.raises(ConnectionError):
-        transfer.send()
-    assert connects({3: 2, 5: 4, 6: 1}) == {3, 5, 6}
