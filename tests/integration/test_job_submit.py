@@ -35,7 +35,8 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     process = subprocess.Popen(
         [
             str(BIN / "ray"), "start", "--head", "--block", "--port=0", "--num-cpus=2", "--dashboard-port=0",
-            "--include-dashboard=true", f"--temp-dir={directory}", "--disable-usage-stats",
+            "--include-dashboard=true", "--dashboard-agent-listen-port=0", f"--temp-dir={directory}",
+            "--disable-usage-stats",
         ],
         env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
