@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
+from changed_settings import changed
 
 from s2w.config.compose import compose
 from s2w.config.schema import Config
@@ -24,9 +26,14 @@ def response(
 
 
 def settings(checkpoint: str, run: Path, *overrides: str) -> Config:
+    return changed(_base(), f"teacher.model={checkpoint}", f"student.model={checkpoint}", f"run.dir={run}", *overrides)
+
+
+@functools.cache
+def _base() -> Config:
     return compose(
         [
-            f"teacher.model={checkpoint}", f"student.model={checkpoint}", "data.tasks=[chain_sum]", f"run.dir={run}",
-            "data.train_prompts=4", "data.heldout_prompts=2", "cluster.device=cpu", "off_policy.steps=1", *overrides,
+            "teacher.model=x", "student.model=x", "data.tasks=[chain_sum]", "data.train_prompts=4",
+            "data.heldout_prompts=2", "cluster.device=cpu", "off_policy.steps=1",
         ]
     )  # fmt: skip
