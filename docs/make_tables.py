@@ -19,7 +19,7 @@ from s2w.config.documentation import documentation
 from s2w.config.schema import LossConfig
 from s2w.metric import METRICS
 from s2w.objectives import OBJECTIVES, Objective
-from s2w.objectives.divergences import DIVERGENCES, Divergence
+from s2w.objectives.divergences import DIVERGENCES, OF_LOSS, Divergence
 from s2w.objectives.objective import EVERY_KIND
 from s2w.objectives.support import markdown_table
 
@@ -27,7 +27,7 @@ DOCS = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OVER = {
     "tokens": "response tokens, and by mode",
-    "samples": "responses, by mode",
+    "samples": "responses, and by mode",
     "step": "step",
 }
 
@@ -104,9 +104,8 @@ def divergences() -> str:
 def divergence_settings(cls: type[Divergence]) -> str:
     """Parameters and where they are set."""
     own = asdict(cls())  # type: ignore[call-overload]
-    shared = {"beta": LossConfig().beta, "alpha": LossConfig().alpha}
     return ", ".join(
-        f"`loss.{name}` ({shared[name]})" if name in shared else f"`loss.options.{name}` ({default})"
+        f"`loss.{name}` ({getattr(LossConfig(), name)})" if name in OF_LOSS else f"`loss.options.{name}` ({default})"
         for name, default in own.items()
     )
 

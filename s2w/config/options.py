@@ -15,11 +15,11 @@ from s2w.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 
-def read_options(base: type[T] | T, given: Mapping[str, Any], prefix: str, also: Iterable[str] = ()) -> T:
+def read_options(base: T, given: Mapping[str, Any], prefix: str, also: Iterable[str] = ()) -> T:
     """A dataclass of settings: the values of ``base``, replaced where ``given`` has others.
 
     Args:
-        base: the dataclass, or one of its objects.
+        base: an object of the dataclass.
         prefix: prefix of the settings' names in errors, such as ``teachers.math.``.
         also: further names that the mapping may have, for suggestions in errors.
 

@@ -80,37 +80,33 @@ def check(config: Config, *, generating: bool = False) -> ModelPair:
     length = _check_lengths(config, teachers, checkpoints, student, generating)
     if on_policy(config).needs_reference:
         reference = reference_settings(config, config.student.model, config.student.revision)
-        check_parallel(
-            "reference",
-            student.config,
-            tensor_parallel=reference.tensor_parallel,
-            pipeline_parallel=reference.pipeline_parallel,
-            expert_parallel=reference.expert_parallel,
-            overrides=_changed_fields(config.student),
-        )
+        _check_engine("reference", reference, student, _changed_fields(config.student))
     for name, settings in teachers.items():
-        check_parallel(
-            section(name),
-            checkpoints[name].config,
-            tensor_parallel=settings.tensor_parallel,
-            pipeline_parallel=settings.pipeline_parallel,
-            expert_parallel=settings.expert_parallel,
-        )
+        _check_engine(section(name), settings, checkpoints[name])
         check_weights(checkpoints[name])
     if config.student.init == "pruned" and config.student.keep_layers is not None:
         evenly_spaced(student.config.get_text_config().num_hidden_layers, config.student.keep_layers)
-    rollout = config.rollout
-    check_parallel(
-        "rollout",
-        student.config,
-        tensor_parallel=rollout.tensor_parallel,
-        pipeline_parallel=rollout.pipeline_parallel,
-        expert_parallel=rollout.expert_parallel,
-        overrides=_changed_fields(config.student),
-    )
+    _check_engine("rollout", config.rollout, student, _changed_fields(config.student))
     if config.student.init != "fresh":
         check_weights(student)
     return ModelPair(teacher, student, vocabulary, length)
+
+
+def _check_engine(
+    section: str,
+    engine: TeacherConfig | RolloutConfig,
+    checkpoint: Checkpoint,
+    overrides: dict[str, Any] | None = None,
+) -> None:
+    """Checks that the model can be laid out as an engine's settings ask; ``overrides`` as in :func:`check_parallel`."""
+    check_parallel(
+        section,
+        checkpoint.config,
+        tensor_parallel=engine.tensor_parallel,
+        pipeline_parallel=engine.pipeline_parallel,
+        expert_parallel=engine.expert_parallel,
+        overrides=overrides,
+    )
 
 
 def _changed_fields(student: StudentConfig) -> dict[str, Any]:

@@ -57,6 +57,9 @@ class Divergence(ABC):
 DIVERGENCES: dict[str, type[Divergence]] = {}
 """Every divergence by name."""
 
+OF_LOSS = ("alpha", "beta")
+"""Parameters that are settings of ``loss``; all others are set by ``loss.options``."""
+
 D = TypeVar("D", bound=type[Divergence])
 
 
@@ -86,7 +89,7 @@ def make_divergence(name: str, **parameters: Any) -> Divergence:
 
 def divergence_of(loss: LossConfig) -> Divergence:
     """The divergence of a section ``loss``; errors as in :func:`make_divergence`."""
-    return make_divergence(loss.divergence, **{"beta": loss.beta, "alpha": loss.alpha, **loss.options})
+    return make_divergence(loss.divergence, **{name: getattr(loss, name) for name in OF_LOSS} | loss.options)
 
 
 def parameters_of(cls: type[Divergence]) -> set[str]:
@@ -313,8 +316,8 @@ class ClippedForwardKL(Divergence):
     """sum_v min(p_v (log p_v - log q_v), ``clip``): forward KL in which no token of the vocabulary counts for more.
 
     OPSD (arXiv 2601.18734), for a teacher that has been shown the answer: a few tokens of style would make up most of
-    the KL. Its clip of 0.05 is the default. No gradient where the clip is reached; not an f-divergence, since merging
-    tokens may merge clipped ones.
+    the KL. Its clip of 0.05 is the default. No gradient where the clip is reached. Only terms above
+    0 can be cut, so the sum may be negative; not an f-divergence, since merging tokens may merge clipped ones.
     """
 
     is_f_divergence: ClassVar[bool] = False

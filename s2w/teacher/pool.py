@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,7 @@ class TeacherPool:
         for _ in range(ATTEMPTS):
             replica, tokens = self._dispatcher.assign(rollout, await self._alive())
             try:
-                return await self._call(replica, "score", rollout)
+                return await self._call(replica, lambda actor: actor.score.remote(rollout, self._request))
             except EngineLostError:
                 continue
             finally:
@@ -147,10 +148,11 @@ class TeacherPool:
         signals: dict[int, TeacherSignal] = {}
 
         async def score_share(replica: int, share: list[int]) -> None:
+            own = [rollouts[i] for i in share]
             for _ in range(ATTEMPTS):
                 await self._until_up(replica)
                 try:
-                    results = await self._call(replica, "score_batch", [rollouts[i] for i in share])
+                    results = await self._call(replica, lambda actor: actor.score_batch.remote(own, self._request))
                 except EngineLostError:
                     continue
                 signals.update(zip(share, results, strict=True))
@@ -184,14 +186,14 @@ class TeacherPool:
         actor = ray.remote(TeacherEngine).options(**actor_options(self._device, config.cpus, world))
         return actor.remote(config, index, *self._arguments)
 
-    async def _call(self, index: int, method: str, rollouts: Rollout | list[Rollout]) -> Any:
-        """One call to a replica; cancelling it takes its requests out of the engine.
+    async def _call(self, index: int, make: Callable[[Any], ray.ObjectRef]) -> Any:
+        """One call to a replica, which ``make`` makes of its actor; cancelling it takes its requests out of the engine.
 
         Raises:
             EngineLostError: if the engine died; its replacement is on the way.
         """
         actor = self._replicas[index].actor
-        call = getattr(actor, method).remote(rollouts, self._request)
+        call = make(actor)
         try:
             return await call
         except asyncio.CancelledError:
