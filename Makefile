@@ -3,9 +3,12 @@ PYTHON ?= python3
 PIP := .venv/bin/pip --disable-pip-version-check --quiet
 PY := .venv/bin/python
 UV := .venv/bin/uv
+# Or `kustomize build`.
+KUSTOMIZE ?= kubectl kustomize
 export S2W_HOME ?= $(HOME)/.cache/s2w
 
-.PHONY: setup lock quickstart smollm2 table21 test test-unit test-integration test-long check-packaging docs lint format
+.PHONY: setup lock quickstart smollm2 table21 test test-unit test-integration test-long check-packaging docs lint format \
+	render-deploy
 
 setup: .venv/ready
 
@@ -36,11 +39,10 @@ smollm2: setup
 table21: setup
 	$(PY) benchmarks/table21.py --json table21.json
 
-test: setup
-	$(PY) -m pytest -m 'not long' tests/unit tests/integration
+test: test-unit test-integration
 
 test-unit: setup
-	$(PY) -m pytest -m 'not long' tests/unit
+	$(PY) -m pytest -m 'not long' --numprocesses logical tests/unit
 
 test-integration: setup
 	$(PY) -m pytest -m 'not long' tests/integration
@@ -58,7 +60,17 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck deploy/slurm/s2w.sbatch
+	.venv/bin/hadolint deploy/Dockerfile deploy/Dockerfile.cpu
 
 format: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# What `kubectl apply -k` would send, a file for each folder with a cluster or a job.
+RENDERED ?= build/deploy
+render-deploy:
+	mkdir -p $(RENDERED)
+	$(KUSTOMIZE) deploy/kuberay/volumes >$(RENDERED)/volumes.yaml
+	for overlay in one-node 235b fp8; do for kind in cluster job; do \
+		$(KUSTOMIZE) deploy/kuberay/overlays/$$overlay/$$kind >$(RENDERED)/$$overlay-$$kind.yaml || exit 1; done; done

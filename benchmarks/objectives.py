@@ -22,7 +22,7 @@ import numpy as np
 from table21 import EXPERIMENT, CpuClock, evaluate_checkpoint
 
 from s2w.config.compose import compose
-from s2w.launch.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
+from s2w.launch.run_directory import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
 from s2w.launch.train import train
 from s2w.learner import checkpoint
 

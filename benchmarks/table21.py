@@ -45,7 +45,7 @@ from s2w.config.schema import Config, EvalRun
 from s2w.eval.scores import ProblemCount
 from s2w.eval.statistics import RESAMPLES, pass_at_k
 from s2w.launch.evaluate import evaluate
-from s2w.launch.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
+from s2w.launch.run_directory import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
 from s2w.launch.train import train
 from s2w.learner import checkpoint
 from s2w.models.checkpoint import read_checkpoint

@@ -9,14 +9,18 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import s2w.launch.train  # noqa: F401  (imports everything that defines a metric)
-from s2w.config.bounds import describe, type_hints
+from s2w.config.bounds import describe, resumable, type_hints
+from s2w.config.compose import settings
 from s2w.config.documentation import documentation
-from s2w.config.schema import LossConfig
+from s2w.config.schema import Config, LossConfig
+from s2w.data.columns import COLUMNS, PROBLEMS, PROMPTS, RESPONSES
+from s2w.data.tasks import task_names
 from s2w.metric import METRICS
 from s2w.objectives import OBJECTIVES, Objective
 from s2w.objectives.divergences import DIVERGENCES, OF_LOSS, Divergence
@@ -110,6 +114,13 @@ def divergence_settings(cls: type[Divergence]) -> str:
     )
 
 
+def resumable_settings() -> str:
+    """A row a setting that a resumed run may change."""
+    may_change = set(resumable(Config))
+    rows = [(f"`{name}`", text(meaning)) for name, _, meaning in settings() if name in may_change]
+    return table(("setting", "meaning"), rows)
+
+
 def metrics() -> str:
     """A row a metric."""
     rows = [
@@ -121,12 +132,30 @@ def metrics() -> str:
     return table(("name", "unit", "over", "meaning"), rows)
 
 
+def columns() -> str:
+    """A row a column of a file."""
+    files = (PROMPTS, RESPONSES, PROBLEMS)
+    rows = [
+        (f"`{one.name}`", one.type, one.meaning, one.without, *("yes" if file in one.files else "" for file in files))
+        for one in COLUMNS
+    ]
+    return table(("column", "type", "meaning", "without it", *(f"`{file}`" for file in files)), rows)
+
+
+def tasks() -> str:
+    """The names of the tasks that generate their questions."""
+    return textwrap.fill(", ".join(task_names()), 125, break_on_hyphens=False) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "columns": columns,
     "objectives": objectives,
     "objective_settings": objective_settings,
     "divergences": divergences,
     "metrics": metrics,
+    "resumable": resumable_settings,
     "support": markdown_table,
+    "tasks": tasks,
 }
 """The tables by the name in their documents."""
 

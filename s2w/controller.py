@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,10 +16,11 @@ from s2w.actors.calls import each
 from s2w.actors.stopping import uninterrupted
 from s2w.config.schema import LoopConfig
 from s2w.data.stream import PromptStream
+from s2w.errors import LeftOutError
 from s2w.eval.grading import Graded, Grader
-from s2w.eval.heldout import heldout_responses, heldout_samples
-from s2w.eval.scores import mode_scores
+from s2w.eval.heldout import heldout_responses, heldout_samples, make_heldout
 from s2w.learner.group import LearnerGroup, LearnerStep
+from s2w.learner.messages import SignalLostError
 from s2w.learner.saver import Saver, due
 from s2w.objectives import Objective
 from s2w.objectives.objective import TRAINED
@@ -27,12 +28,16 @@ from s2w.objectives.reliability import Reliability
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
 from s2w.observe.step_report import StepReporter, StepTimes
-from s2w.records import Heldout, Prompt, Request, Rollout, Scored
+from s2w.records import Prompt, Request, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
+from s2w.rollout.publisher import Publisher
 from s2w.teacher.routing import Teachers
 from s2w.teacher_data.batches import ResponseStream
-from s2w.weights.probe import ProbeResult, compare
-from s2w.weights.publish import SwapReport, publish
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+"""How often signals are made again for one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Controller:
         probe_ids: int32, tokens whose log-probs in engines and learner are compared after a swap.
         probe_tolerance: see :func:`s2w.weights.probe.compare`.
         step: updates that the learner's weights have already had (resume).
-        checkpoints: directory of the checkpoints.
+        saver: for the checkpoints.
         on_batch: called with every batch once it is scored, the held-out ones too.
     """
 
@@ -91,7 +96,7 @@ class Controller:
         probe_ids: np.ndarray,
         probe_tolerance: float,
         step: int,
-        checkpoints: Path,
+        saver: Saver,
         on_batch: Callable[[list[Scored]], None] | None = None,
     ) -> None:
         self.loop, self.deterministic = loop, deterministic
@@ -100,20 +105,25 @@ class Controller:
         self.objective, self.reliability = objective, reliability
         self.longest, self.length_limit = longest, length_limit
         self.recorder, self.progress, self.reporter = recorder, progress, reporter
-        self.step = step
-        self.saver = Saver(learner, checkpoints, loop.keep_checkpoints, step, progress.say)
+        self.step, self.saver = step, saver
         self.position = stream.state_dict()
         self.on_batch = on_batch
-        self.probe_tolerance, self.probe_ids = probe_tolerance, probe_ids
-        self.probed: np.ndarray | None = None
-        self.usual: list[float] = []  # the median difference at each swap
+        self.publisher = Publisher(learner, rollouts, step, probe_ids, probe_tolerance)
         self.grading = asyncio.Lock()
 
     async def run(self) -> None:
         """Runs the remaining steps; saves after the last, and saves what there is if it is cancelled or fails."""
+        async with asyncio.TaskGroup() as group:
+            welcoming = group.create_task(self.publisher.welcome())
+            await self.train()
+            welcoming.cancel()
+
+    async def train(self) -> None:
+        """The loop."""
         ahead: deque[asyncio.Task[Batch]] = deque()
         try:
-            await self.swap()
+            async with self.publisher.updating:
+                await self.publisher.swap(self.step)
             if self.evaluation_is_due():
                 await self.evaluate()
             while self.step < self.loop.steps:
@@ -124,7 +134,9 @@ class Controller:
                 if self.evaluation_is_due():
                     await self.evaluate()
                 if due(self.step, self.loop.checkpoint_every) or self.step == self.loop.steps:
+                    self.progress.now(f"saving step {self.step}")
                     await self.saver.save(self.step, self.state)
+                    self.progress.now(None)
         except BaseException:
             await self.saver.rescue(self.step, self.state)
             raise
@@ -142,14 +154,19 @@ class Controller:
             for prompt in prompts
             for sample in range(self.loop.samples_per_prompt)
         ]
-        batch = self.make_batch(requests, [response.as_rollout() for response in given], self.stream.state_dict())
+        batch = self.make_batch(
+            f"step {number + 1}/{self.loop.steps}",
+            requests,
+            [response.as_rollout() for response in given],
+            self.stream.state_dict(),
+        )
         return asyncio.create_task(batch)
 
     async def make_batch(
-        self, requests: Sequence[Request], given: Sequence[Rollout], position: dict[str, Any]
+        self, name: str, requests: Sequence[Request], given: Sequence[Rollout], position: dict[str, Any]
     ) -> Batch:
         """A training batch: generated, scored, graded, and credited with what its samples count for."""
-        samples = await self.generate_and_score(requests, given, ask_teacher=bool(self.objective.signals))
+        samples = await self.generate_and_score(name, requests, given, ask_teacher=bool(self.objective.signals))
         graded = await self.graded(samples)
         samples = self.objective.credit(samples, graded)
         if self.reliability is not None:
@@ -162,22 +179,29 @@ class Controller:
     async def train_on(self, batch: Batch) -> None:
         """KL update -> hot swap. The update, the position in the data and the step's report stay together: if the
         loop is cancelled, all of them are there or none."""
+        async with self.publisher.updating:
+            await self.update_and_swap(batch)
+
+    async def update_and_swap(self, batch: Batch) -> None:
+        """One step, while nobody else takes the learner's weights."""
         learning = time.time()
-        update = await self.learner.step(batch.samples, self.step)
+        name = f"step {self.step + 1}/{self.loop.steps}"
+        self.progress.now(f"{name} updating the student on {len(batch.samples)} responses")
+        samples, update = await self.with_signals(batch.samples, partial(self.learner.step, step=self.step))
         self.step, self.position = self.step + 1, batch.position
         self.follow(update)
         times = StepTimes(learning, time.time())
         swapped = None
+        self.progress.now(f"{name} swapping the weights")
         try:
-            swapped = await self.swap()
+            swapped = await self.publisher.swap(self.step)
         finally:  # An update whose swap fails is saved too.
-            line = self.reporter.finish(
-                self.step, batch.samples, batch.graded, update, swapped, times, self.length_limit
-            )
+            self.progress.now(None)
+            line = self.reporter.finish(self.step, samples, batch.graded, update, swapped, times, self.length_limit)
             self.recorder.step(line)
             self.progress.step(line)
             if update.skipped:
-                self.progress.say(update.skipped)
+                self.progress.warn(update.skipped)
 
     def follow(self, update: LearnerStep) -> None:
         """The length limit of the next batches, where the objective moves it."""
@@ -185,64 +209,77 @@ class Controller:
             self.length_limit = self.objective.next_length_limit(trained.tolist(), self.longest)
 
     async def generate_and_score(
-        self, requests: Sequence[Request], given: Sequence[Rollout] = (), *, ask_teacher: bool = True
+        self, name: str, requests: Sequence[Request], given: Sequence[Rollout] = (), *, ask_teacher: bool = True
     ) -> list[Scored]:
         """Rollouts with their signals, in the order of ``requests``, then the ``given`` ones with theirs; each is
-        scored the moment it is finished."""
+        scored the moment it is finished. A person sees them counted under ``name``."""
         if self.deterministic:
             rollouts = [*await self.rollouts.generate_batch(requests), *given]
-            if not ask_teacher:
-                return [Scored(rollout, None) for rollout in rollouts]
-            signals, references = await self.teachers.score_batch(rollouts), await self.teachers.refer_batch(rollouts)
-            return [
-                Scored(rollout, signal, reference=reference)
-                for rollout, signal, reference in zip(rollouts, signals, references, strict=True)
-            ]
-
-        generated, scored = len(given), 0
-
-        async def sample(work: Request | Rollout) -> Scored:
-            nonlocal generated, scored
-            rollout = work
-            if isinstance(rollout, Request):
-                rollout = await self.rollouts.generate(rollout)
-                generated += 1
-                self.progress.under_way(generated, scored, len(requests) + len(given))
-            signal, reference = None, None
-            if ask_teacher:
-                signal, reference = await asyncio.gather(self.teachers.score(rollout), self.teachers.refer(rollout))
-            scored += 1
-            self.progress.under_way(generated, scored, len(requests) + len(given))
-            return Scored(rollout, signal, reference=reference)
+            return await self.scored_batch(rollouts) if ask_teacher else [Scored(rollout, None) for rollout in rollouts]
 
         work: list[Request | Rollout] = [*requests, *given]
-        return await each(work, sample)
+
+        async def sample(work: Request | Rollout) -> Scored | None:
+            try:
+                rollout = await self.rollouts.generate(work) if isinstance(work, Request) else work
+                count.generated()
+                if not ask_teacher:
+                    return Scored(rollout, None)
+                scored = await self.scored(rollout)
+            except LeftOutError as error:
+                self.progress.warn(str(error))
+                return None
+            count.scored(scored.signal.name if scored.signal else "")
+            return scored
+
+        with self.progress.batch(name, len(work)) as count:
+            return [scored for scored in await each(work, sample) if scored is not None]
+
+    async def scored(self, rollout: Rollout) -> Scored:
+        """A rollout with its signals."""
+        signal, reference = await asyncio.gather(self.teachers.score(rollout), self.teachers.refer(rollout))
+        return Scored(rollout, signal, reference=reference)
+
+    async def scored_batch(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """The same for a batch, repeatable bit for bit."""
+        signals, references = await self.teachers.score_batch(rollouts), await self.teachers.refer_batch(rollouts)
+        return [
+            Scored(rollout, signal, reference=reference)
+            for rollout, signal, reference in zip(rollouts, signals, references, strict=True)
+        ]
+
+    async def with_signals(
+        self, samples: list[Scored], use: Callable[[list[Scored]], Awaitable[T]]
+    ) -> tuple[list[Scored], T]:
+        """Gives the learner samples; if an engine has died with signals that it had finished, has them scored again.
+
+        Returns:
+            The samples that the learner has used, and what it says.
+        """
+        for _ in range(ATTEMPTS):
+            try:
+                return samples, await use(samples)
+            except SignalLostError as error:
+                if not (lost := await self.teachers.lost(samples)):
+                    raise
+                self.progress.warn(f"{len(lost)} of {len(samples)} responses are scored again: {error}")
+                samples = await self.scored_again(samples, lost)
+        return samples, await use(samples)
+
+    async def scored_again(self, samples: Sequence[Scored], lost: Sequence[int]) -> list[Scored]:
+        """The samples with new signals for those with the indices ``lost``."""
+        if self.deterministic:  # The bits of a signal depend on its batch.
+            lost = [i for i, sample in enumerate(samples) if sample.signal]
+        rollouts, restored = [samples[i].rollout for i in lost], list(samples)
+        new = await (self.scored_batch(rollouts) if self.deterministic else each(rollouts, self.scored))
+        for i, scored in zip(lost, new, strict=True):
+            restored[i] = replace(samples[i], signal=scored.signal, reference=scored.reference)
+        return restored
 
     async def graded(self, samples: Sequence[Scored]) -> list[Graded]:
         """Checks the answers in a thread, so that the loop goes on. One batch at a time: there is one verifier."""
         async with self.grading:
             return await asyncio.to_thread(self.grader.grade, [sample.rollout for sample in samples])
-
-    @uninterrupted
-    async def swap(self) -> tuple[SwapReport, ProbeResult]:
-        """Puts the learner's weights into the engines as version ``step`` and compares log-probs to prove it."""
-        swap = await publish(self.learner, self.rollouts.receivers(), self.step, self.probe_ids)
-        engines, model = await asyncio.gather(self.rollouts.probed(), self.learner.probe(self.probe_ids))
-        probes = [
-            compare(
-                engine,
-                model,
-                self.probed,
-                max(self.usual, default=np.inf),
-                name=f"rollout engine {i}",
-                version=self.step,
-                tolerance=self.probe_tolerance,
-            )
-            for i, engine in enumerate(engines)
-        ]
-        self.probed = model
-        self.usual.append(max(probe.median for probe in probes))
-        return swap, max(probes, key=lambda probe: probe.mean)
 
     def evaluation_is_due(self) -> bool:
         """Whether the held-out evaluation of this version is due and not done yet (after an interruption it may be)."""
@@ -252,29 +289,19 @@ class Controller:
 
     async def evaluate(self) -> None:
         """Held-out KL, accuracy and mode adherence of the current version, on fresh rollouts."""
-        samples = await self.generate_and_score([Request(prompt) for prompt in self.heldout])
+        name = f"held-out at version {self.step}"
+        samples = await self.generate_and_score(name, [Request(prompt) for prompt in self.heldout])
+        self.progress.now(f"{name} divergences and grades of {len(samples)} responses")
         if self.on_batch is not None:
             self.on_batch(samples)
         rollouts = [sample.rollout for sample in samples]
-        sums, graded = await asyncio.gather(
-            self.learner.evaluate_samples(samples, ["forward_kl", "reverse_kl"]),
-            self.graded(samples),
-        )
-        tokens = sum(len(rollout.sampled_rows) for rollout in rollouts)
-        forward_kl, reverse_kl = sums.sum(0) / tokens
-        result = Heldout(
-            version=self.step,
-            forward_kl=float(forward_kl),
-            reverse_kl=float(reverse_kl),
-            tokens=tokens,
-            response_length=sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-            by_mode=mode_scores(graded),
-        )
-        self.recorder.heldout(
-            result,
-            heldout_responses(self.step, rollouts, graded, sums),
-            heldout_samples(self.step, rollouts, graded, self.grader.text),
-        )
+        divergences = partial(self.learner.evaluate_samples, divergences=["forward_kl", "reverse_kl"])
+        (samples, sums), graded = await asyncio.gather(self.with_signals(samples, divergences), self.graded(samples))
+        teachers = [sample.signal.name if sample.signal else "" for sample in samples]
+        responses = heldout_responses(self.step, rollouts, graded, teachers, sums)
+        result = make_heldout(responses)
+        self.recorder.heldout(result, responses, heldout_samples(self.step, rollouts, graded, self.grader.text))
+        self.progress.now(None)
         self.progress.heldout(result)
 
     @property

@@ -26,3 +26,11 @@ class RunError(RuntimeError):
 
 class RequestRefusedError(ValueError):
     """An engine refuses a request, and would refuse it again; the message is one sentence for the user."""
+
+
+class VerifierError(RuntimeError):
+    """A verifier of the user's own fails on a response; the message is one sentence for the user, with the row."""
+
+
+class LeftOutError(RuntimeError):
+    """A request that kills whatever takes it; the message is one sentence for the user, with its uid."""

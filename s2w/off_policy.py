@@ -38,8 +38,7 @@ class OffPolicyController:
         learner: with the phase's own configuration.
         teachers: score the responses; None where the objective needs no teacher.
         deterministic: batches are scored as a whole.
-        checkpoints: directory of the phase's checkpoints.
-        keep: checkpoints that stay on disk.
+        saver: for the phase's checkpoints.
         step: updates that the learner's weights have already had (resume).
     """
 
@@ -55,16 +54,14 @@ class OffPolicyController:
         deterministic: bool,
         recorder: Recorder,
         progress: Progress,
-        checkpoints: Path,
-        keep: int,
+        saver: Saver,
         step: int,
     ) -> None:
         self.settings, self.heldout_loss = settings, heldout_loss
         self.stream, self.heldout = stream, heldout
         self.learner, self.teachers, self.deterministic = learner, teachers, deterministic
         self.recorder, self.progress = recorder, progress
-        self.checkpoints, self.step = checkpoints, step
-        self.saver = Saver(learner, checkpoints, keep, step, progress.say)
+        self.saver, self.step = saver, step
 
     async def run(self) -> Path:
         """Runs the remaining steps, then saves; returns the directory of the last checkpoint."""
@@ -86,15 +83,17 @@ class OffPolicyController:
                         await asyncio.wait([ahead])  # A batch that is scored as a whole must be scored alone.
                     await self.evaluate()
                 if due(self.step, self.settings.checkpoint_every) or self.step == self.settings.steps:
+                    self.progress.now(f"saving step {self.step}")
                     await self.saver.save(self.step, self.state)
         except BaseException:
             await self.saver.rescue(self.step, self.state)
             raise
         finally:
+            self.progress.now(None)
             if ahead is not None:
                 ahead.cancel()
                 await asyncio.gather(ahead, return_exceptions=True)
-        return checkpoint.step_dir(self.checkpoints, self.step)
+        return checkpoint.step_dir(self.saver.directory, self.step)
 
     @uninterrupted
     async def train_on(self, samples: list[Scored], began: float) -> None:
@@ -103,6 +102,7 @@ class OffPolicyController:
         Args:
             began: when the step began, ``time.monotonic()``.
         """
+        self.progress.now(f"step {self.step + 1}/{self.settings.steps} training on {len(samples)} responses")
         update = await self.learner.step(samples, self.step)
         self.step += 1
         epoch = self.step * self.settings.responses_per_step / len(self.stream.responses)
@@ -110,7 +110,7 @@ class OffPolicyController:
         self.recorder.step(line)
         self.progress.step(line)
         if update.skipped:
-            self.progress.say(update.skipped)
+            self.progress.warn(update.skipped)
 
     async def make_batch(self, responses: Sequence[Response]) -> list[Scored]:
         """The responses with their teacher's signals, where the objective needs them."""
@@ -136,6 +136,7 @@ class OffPolicyController:
 
     async def evaluate(self) -> None:
         """Loss on the held-out responses."""
+        self.progress.now(f"held-out loss of {len(self.heldout)} responses")
         samples = await self.make_batch(self.heldout)
         values = await self.learner.evaluate(samples, [self.heldout_loss])
         tokens = sum(len(sample.rollout.token_ids) for sample in samples)

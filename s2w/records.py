@@ -32,10 +32,24 @@ class Prompt:
     seed: int
     """Seed of sample 0; sample i uses ``seed + i``."""
     task: str = ""
-    """Name of the task whose verifier scores the answer; empty when there is none."""
+    """Name of the verifier that scores the answer (:func:`s2w.data.verifiers.verifier_of`); empty when none does."""
     answer: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    """Whatever the task's verifier needs besides the answer."""
+    """Whatever the verifier needs besides the answer."""
+    place: str = ""
+    """File and row that it was read from, for messages; empty if it was generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn from a distribution."""
+
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    """1 keeps every token."""
+    top_k: int
+    """-1 keeps every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +64,8 @@ class Request:
     thinking_budget: int | None = None
     """For a prompt in think mode, response tokens after which an open think block is closed; None takes the pool's
     setting. One that leaves no room for an answer does nothing."""
+    sampling: Sampling | None = None
+    """None takes the pool's settings."""
 
     @property
     def uid(self) -> str:
@@ -158,9 +174,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Heldout:
-    """Held-out KL of one policy version: fresh rollouts on held-out prompts, averaged over sampled tokens."""
+    """A held-out evaluation of one policy version: fresh rollouts on held-out prompts, KL averaged over sampled
+    tokens. Or the teacher's own responses to the same prompts, whose KL to the teacher is 0."""
 
-    version: int
+    version: int | None
+    """None: the teacher's own responses."""
     forward_kl: float
     """KL(teacher || student), nats/token."""
     reverse_kl: float
@@ -169,8 +187,12 @@ class Heldout:
     """Tokens that the averages are taken over."""
     response_length: float
     by_mode: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By mode: prompts, mode_adherence, truncated, response_length, and accuracy where prompts have a verifier; see
-    :func:`s2w.eval.scores.mode_scores`."""
+    """By mode, the means of :func:`s2w.eval.heldout.mean_scores`: prompts, forward_kl, reverse_kl, mode_adherence,
+    truncated, repetitive, response_length; where prompts have a verifier, how many (verified), and accuracy."""
+    by_teacher: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same by the teacher that scores the prompt, if several do."""
+    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same by task, if there are several; an empty name is that of prompts without a verifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +200,8 @@ class HeldoutResponse:
     """One response of a held-out evaluation as numbers, as ``heldout_responses.jsonl`` holds it: from these any
     interval and any paired test can be recomputed."""
 
-    version: int
+    version: int | None
+    """None: the teacher's own response."""
     uid: str
     """Of the prompt; the same prompts are asked at every version."""
     mode: Mode
@@ -191,13 +214,22 @@ class HeldoutResponse:
     """None if the prompt has no verifier."""
     adherent: bool
     truncated: bool
+    repetitive: bool | None = None
+    """It repeats itself over and over, see :func:`s2w.eval.heldout.is_repetitive`; None: written by s2w 0.2."""
+    length: int | None = None
+    """All its tokens, those of a thinking budget too; None as above."""
+    teacher: str = ""
+    """Name of the teacher that scores the prompt; empty as above."""
+    task: str = ""
+    """Of the prompt; empty if it has no verifier, and as above."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldoutSample:
     """One response of a held-out evaluation in full, as ``samples.jsonl`` holds it."""
 
-    version: int
+    version: int | None
+    """None: the teacher's own response."""
     uid: str
     mode: Mode
     prompt: str
@@ -218,3 +250,20 @@ class OffPolicyHeldout:
     loss: float
     """Cross-entropy or divergence, nats per response token."""
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something died or hung, and what became of it, as ``events.jsonl`` holds it."""
+
+    time: float
+    """When it was found, wall-clock seconds."""
+    kind: str
+    """``rollout engine``, ``teacher``."""
+    what: str
+    """Its name, with its number."""
+    why: str
+    replacement: str | None
+    """The name of what has taken its place; None if nothing has."""
+    seconds: float | None
+    """From when it was found until its replacement had loaded."""

@@ -7,18 +7,19 @@ from typing import Any
 
 
 def register() -> None:
-    """Registers the vocabulary mask, the teacher's scoring models and the weight transfer; idempotent.
+    """Registers the vocabulary mask, the teacher's scoring models, the weight transfer and the stages; idempotent.
 
     Engine cores and workers end with the process that started them: vLLM ends them only if that process still can.
     """
     from vllm.platforms import current_platform
 
-    from s2w.actors import vocabulary_mask
+    from s2w.actors import vllm_stages, vocabulary_mask
     from s2w.actors.orphans import die_with_parent
     from s2w.teacher import scoring
     from s2w.weights import shm
 
     die_with_parent()
+    vllm_stages.register()
     vocabulary_mask.register()
     scoring.register()
     shm.register()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
 
 from s2w.actors.failures import reason
+from s2w.actors.stages import Stage, describe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,28 +47,34 @@ async def each(
     return results
 
 
-async def all_up(what: str, calls: Sequence[ray.ObjectRef], timeout_s: float) -> list[Any]:
-    """Results of the start-up calls of all actors of a pool.
+async def all_up(
+    what: str, calls: Mapping[int, ray.ObjectRef], timeout_s: float, stages: Callable[[], Mapping[int, Stage]]
+) -> list[Any]:
+    """Results of the start-up calls of all actors of a pool, which are given by the actors' numbers.
+
+    Args:
+        what: the kind of the actors, such as "rollout engine".
+        stages: gives what each of them does, for the text of an error; as from :func:`s2w.actors.starting.watched`.
 
     Raises:
         RuntimeError: names the first actor that failed, or how many were not up in ``timeout_s`` seconds.
     """
-    tasks = [asyncio.ensure_future(as_future(call)) for call in calls]
+    tasks = {number: asyncio.ensure_future(as_future(call)) for number, call in calls.items()}
     try:
-        done, waiting = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        done, waiting = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
     finally:
-        for task in tasks:
+        for task in tasks.values():
             task.cancel()  # Those that have not ended.
-    for index, task in enumerate(tasks):
+    for number, task in tasks.items():
         if task in done and (error := task.exception()):
-            who = f"{what} {index}"
+            who = f"{what} {number}"
             raise RuntimeError(f"{who} did not start: {reason(error, who)}") from error
     if waiting:
         raise RuntimeError(
-            f"{len(waiting)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s: "
+            f"{len(waiting)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s ({describe(what, stages())}): "
             "give them more time (cluster.start_timeout_s) or look at the cluster's free resources (ray status)"
         )
-    return [task.result() for task in tasks]
+    return [task.result() for task in tasks.values()]
 
 
 async def as_future(call: ray.ObjectRef) -> Any:

@@ -16,8 +16,6 @@ from s2w.errors import ConfigError, PreflightError, RunError
 
 T = TypeVar("T")
 
-LOG = Path("error.log")
-"""Where tracebacks go, in the run directory."""
 LONGEST = 500
 """Characters of a library's message that are kept."""
 
@@ -31,8 +29,8 @@ PROCESS_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, EngineDiedErro
 
 PROCESS_DEATH = re.compile(r"pid: (?P<pid>\d+) .*Worker exit detail: (?P<detail>.*?)(?: Some common causes|$)")
 """Ray's text about an actor whose process is gone; what it says after that is guesses."""
-NO_WORD = "Worker unexpectedly exits with a connection error"
-"""Ray's wording for a process whose end it has not seen."""
+NO_WORD = re.compile("Worker unexpectedly exits with a connection error|Worker connection closed unexpectedly")
+"""Ray's two wordings for a process whose end it has not seen."""
 LESS_MEMORY = {
     "rollout engine": "rollout.kv_cache_gib, rollout.max_sequences or rollout.engines",
     "teacher": "teacher.kv_cache_gib, teacher.max_sequences or teacher.replicas",
@@ -74,7 +72,7 @@ def reason(error: BaseException, who: str = "") -> str:
     if isinstance(error, OutOfMemoryError):
         return f"Ray killed it because the node ran out of memory{_memory_users(str(error))}{_less_memory(who)}"
     if isinstance(error, ActorDiedError) and (found := PROCESS_DEATH.search(text)):
-        how = "was killed or crashed" if NO_WORD in found["detail"] else f"ended: {_end(found['detail'])}"
+        how = "was killed or crashed" if NO_WORD.search(found["detail"]) else f"ended: {_end(found['detail'])}"
         return f"its process {found['pid']} {how}{_less_memory(who)}"
     if isinstance(error, RayActorError) and "creation task" in text:
         text = str(error).strip().splitlines()[-1]
@@ -99,11 +97,11 @@ def root(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def reported(log: Path, saved: Callable[[], str]) -> Iterator[None]:
+def reported(log: Callable[[], Path], saved: Callable[[], str]) -> Iterator[None]:
     """Turns an error that ends a run into one sentence.
 
     Args:
-        log: the traceback is appended to this file.
+        log: the file that the traceback is appended to.
         saved: what is on disk and how to continue, as the end of the sentence.
 
     Raises:
@@ -116,11 +114,12 @@ def reported(log: Path, saved: Callable[[], str]) -> Iterator[None]:
         cause = root(error)
         if isinstance(cause, ConfigError | PreflightError | RunError):
             raise cause from None
-        with log.open("a") as file:
+        path = log()
+        with path.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{''.join(traceback.format_exception(error))}\n")
         named = type(cause).__module__.startswith("s2w.") or type(cause) in (RuntimeError, TimeoutError)
         what = reason(error) if named and str(cause) else f"{type(cause).__name__}: {reason(error)}"
-        raise RunError(f"{_end(what)}; {saved()}; traceback: {log}") from error
+        raise RunError(f"{_end(what)}; {saved()}; traceback: {path}") from error
 
 
 def _memory_users(text: str) -> str:
@@ -133,8 +132,8 @@ def _memory_users(text: str) -> str:
 
 
 def _less_memory(who: str) -> str:
-    kind = who.rstrip(" 0123456789")
-    return f"; if memory ran out, lower {LESS_MEMORY[kind]}" if kind in LESS_MEMORY else ""
+    kind = next((kind for kind in LESS_MEMORY if who.startswith(kind)), None)  # "teacher solver 1" is a teacher.
+    return f"; if memory ran out, lower {LESS_MEMORY[kind]}" if kind else ""
 
 
 def _end(text: str) -> str:

@@ -7,10 +7,13 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
+
+import psutil
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,6 +89,43 @@ def run_stoppable(
             return asyncio.run(main())
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
+
+
+@contextmanager
+def ending_at_once(word: str) -> Iterator[None]:
+    """SIGINT and SIGTERM end this process and its children meanwhile, with exit code 130, whatever it is doing.
+
+    For calls into C that may wait for long: Python's own handlers come after them. Only in the main thread.
+
+    Args:
+        word: printed then.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        while number := os.read(reading, 1)[0]:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                family = psutil.Process().children(recursive=True)
+                # Not print, since the main thread may be in the middle of one.
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"s2w: {word}\n".encode())
+                for process in family:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                os._exit(INTERRUPTED)
+
+    watcher = threading.Thread(target=watch, name="stop-signals", daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(writing)
+    try:
+        with handling_stop_signals(lambda number, frame: None):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.write(writing, b"\0")
+        watcher.join()  # For ever, if a signal came.
+        os.close(reading)
+        os.close(writing)
 
 
 @contextmanager

@@ -27,12 +27,15 @@ SHUTDOWN_S = 10
 """Seconds that an actor may take to end its engine before it is killed."""
 
 
-def actor_options(device: str, cpus: float, world: int) -> dict[str, Any]:
+def actor_options(device: str, cpus: float, world: int, verbose: bool = False) -> dict[str, Any]:
     """Ray options of an actor whose engine spans ``world`` workers (tensor x pipeline parallel).
+
+    vLLM logs its errors there, and what it does if ``verbose``.
 
     The workers are child processes of the actor, so the actor reserves all of the engine's GPUs on one node.
     """
-    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    level = "INFO" if verbose else "ERROR"
+    environment = {"VLLM_LOGGING_LEVEL": level, "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
         environment |= cpu_environment()
     return {

@@ -15,13 +15,13 @@ from s2w.errors import ConfigError
 
 
 class OneOf:
-    """The strings that a setting may be.
+    """The strings that a setting may be, or true and false beside them.
 
     Args:
-        choices: the strings; ``documented`` has those that need explaining, each with its sentence.
+        choices: the values; ``documented`` has those that need explaining, each with its sentence.
     """
 
-    def __init__(self, *choices: str, **documented: str) -> None:
+    def __init__(self, *choices: str | bool, **documented: str) -> None:
         self.documented = documented
         self.choices = (*choices, *documented)
 
@@ -108,7 +108,7 @@ def _marks(hint: Any) -> tuple[Any, ...]:
 
 def _words(mark: Any) -> str:
     if isinstance(mark, OneOf):
-        return f"one of {', '.join(mark.choices)}"
+        return f"one of {', '.join(str(c).lower() if isinstance(c, bool) else c for c in mark.choices)}"
     if isinstance(mark, Or):
         return f"{mark.value:g}"
     ge, gt, le, lt = _limits(mark)

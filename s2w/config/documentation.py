@@ -6,11 +6,17 @@ import ast
 import functools
 import inspect
 import textwrap
+from dataclasses import is_dataclass
 
 
 @functools.cache
 def documentation(kind: type) -> dict[str, str]:
-    """The string under each field of a class, as schema.py writes them."""
+    """The string under each field of a class, as schema.py writes them; those of the dataclasses it extends too."""
+    own = [_own(part) for part in reversed(kind.__mro__) if part is kind or is_dataclass(part)]
+    return {name: text for texts in own for name, text in texts.items()}
+
+
+def _own(kind: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(tree, ast.ClassDef)
     texts: dict[str, str] = {}

@@ -30,6 +30,8 @@ TopP = Annotated[float, Interval(gt=0, le=1)]
 TopK = Annotated[int, Ge(1), Or(-1)]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 EngineDtype = Annotated[str, OneOf("auto", "bfloat16", "float16", "float32")]
+DEFAULT_VERIFIER = "math_verify"
+"""What checks an answer where nothing else is named, in training and evaluation alike."""
 Schedule = Annotated[str, OneOf("constant", "cosine")]
 
 # OmegaConf does not know Literal: to it these are strings with the same choices.
@@ -80,6 +82,10 @@ Preflight = Annotated[
         log_probs="For teachers that the ranks cannot hold: what the learner decodes from the signals against the "
         "log-probs of the teacher in a generating vLLM engine, which starts and ends before the others.",
     ),
+]
+Resume = Annotated[
+    bool | str,
+    OneOf(False, True, auto="Start a run if run.dir holds none, else continue it: one command that can be repeated."),
 ]
 
 
@@ -187,6 +193,21 @@ class RolloutConfig:
     """Ray CPUs that one engine reserves."""
     threads: Resumable[Positive | None] = None
     """CPU only: cores per engine; null is all of the node's."""
+
+
+@dataclass
+class SampleRollout(RolloutConfig):
+    """The engines of `s2w sample`: the checkpoint recommends the sampling."""
+
+    max_tokens: Positive = 4096
+    """Longest response, in tokens; it ends earlier where the model's context does."""
+    temperature: Temperature | None = None  # type: ignore[assignment]
+    """Sampling temperature; 0 is greedy. null: as the checkpoint's generation_config.json recommends for the prompt's
+    mode, else as Qwen3 does (think: 0.6, top_p 0.95, top_k 20; no_think: 0.7, 0.8, 20)."""
+    top_p: TopP | None = None  # type: ignore[assignment]
+    """Nucleus sampling; 1 keeps every token. null: as for temperature."""
+    top_k: TopK | None = None  # type: ignore[assignment]
+    """-1 keeps every token. null: as for temperature."""
 
 
 @dataclass
@@ -319,6 +340,11 @@ class LoopConfig:
     sampled from the weights that train on it. n: generation runs up to n batches ahead."""
     eval_every: Resumable[Natural] = 0
     """Held-out KL every this many steps, as well as before and after; 0 is only before and after."""
+    eval_teacher: Resumable[bool | None] = None
+    """Have the teacher itself respond to the held-out prompts, once a run: the ceiling that the report shows beside
+    before and after. null: where `teacher` generates the off-policy responses and takes all held-out prompts, since its
+    engines are up then; true: always, which elsewhere starts and ends generating engines with the checkpoint of each
+    teacher before the other parts (minutes for a large one); false: never."""
     checkpoint_every: Resumable[Natural] = 0
     """A checkpoint every this many steps, as well as the last; 0 is only the last."""
     keep_checkpoints: Resumable[Positive] = 2
@@ -407,7 +433,11 @@ class DataConfig:
     path: str | None = None
     """Instead of tasks: a JSONL, Parquet or CSV file of prompts, with a column `messages` or `prompt`."""
     heldout_path: str | None = None
-    """File of held-out prompts; null takes the last heldout_prompts of `path`."""
+    """File of held-out prompts; null draws heldout_prompts of `path`, by run.seed."""
+    verifier: str | None = DEFAULT_VERIFIER
+    """What checks answers to rows of a file without a `task`, ready responses' included: math_verify or exact_match
+    (rows with an `answer`), or a function of your own as package.module:function (all rows); null: nothing
+    (docs/data.md)."""
     train_prompts: Positive = 1024
     """Prompts generated for training (tasks only); when they run out, another epoch starts."""
     heldout_prompts: Positive = 64
@@ -439,9 +469,58 @@ class ClusterConfig:
     device: Resumable[Annotated[str, OneOf("auto", "cuda", "cpu")]] = "auto"
     """cuda, cpu, or auto: cuda if the cluster has GPUs."""
     log_to_driver: Resumable[bool] = False
-    """Show what the actors print (vLLM's and DeepSpeed's messages); Ray's log directory has it in any case."""
+    """Show what the actors print, with the INFO messages of vLLM, DeepSpeed and Ray; `-v` sets it. Ray's log directory
+    has what they print in any case."""
     start_timeout_s: Resumable[Positive] = 900
     """How long actors may take to be placed and to load their models."""
+    start_attempts: Resumable[Positive] = 3
+    """How often the start of an engine that replaces a dead one is tried, with growing pauses, before the run goes on
+    without it; it ends when no engine of a kind is left."""
+    hang_timeout_s: Resumable[Positive] = 300
+    """How long an engine may give no sign of life before it is ended and replaced, like one that has died."""
+    nodes: Resumable[list[dict[str, Any]]] = field(default_factory=list)
+    """`s2w plan`: a cluster that is only described: [{count: 10, gpus: 8, gpu_memory_gib: 80}], with name, cpus,
+    memory_gib, shm_gib and object_store_gib if known; empty is the cluster of `address`."""
+
+
+@dataclass
+class PlanConfig:
+    """What `s2w plan` assumes; nothing here changes a run.
+
+    Peak rates are those of one GPU (CPU: one core); null is an H100 SXM's data sheet, without sparsity, or what was
+    measured on a core with AVX512-BF16. docs/plan.md has the formulas and the sources.
+    """
+
+    prompt_tokens: Resumable[Positive | None] = None
+    """Mean prompt, tokens; null takes data.max_prompt_tokens, the most that there can be."""
+    response_tokens: Resumable[Positive | None] = None
+    """Mean response of the student, tokens; null takes rollout.max_tokens, the most that there can be."""
+    off_policy_tokens: Resumable[Positive | None] = None
+    """Mean response of the teacher in the off-policy phase, tokens; null takes off_policy.max_tokens."""
+    gpu_memory_gib: Resumable[AboveZero | None] = None
+    """Memory of a GPU where the cluster does not say; null takes it from the accelerator type that Ray reports."""
+    peak_tflops: Resumable[AboveZero | None] = None
+    """Matrix products in the dtype of the models, 10^12 per second."""
+    peak_fp8_tflops: Resumable[AboveZero | None] = None
+    """The same in FP8, for FP8 checkpoints."""
+    memory_gb_per_s: Resumable[AboveZero | None] = None
+    """Memory rate, 10^9 bytes per second."""
+    node_gb_per_s: Resumable[AboveZero] = 450.0
+    """Rate between the GPUs of a node, one way, 10^9 bytes per second (NVLink of an H100)."""
+    network_gb_per_s: Resumable[AboveZero] = 50.0
+    """Rate of a GPU's share of the network between nodes, one way (400 Gbit/s for each GPU)."""
+    prefill_utilization: Resumable[Annotated[float, Interval(gt=0, le=1)]] = 0.4
+    """Share of peak_tflops that a prefill reaches: the teacher's scoring, prompts."""
+    decode_utilization: Resumable[Annotated[float, Interval(gt=0, le=1)]] = 0.5
+    """Share of memory_gb_per_s that decoding reaches."""
+    decode_overhead_ms: Resumable[Nonnegative] = 2.0
+    """Time of a decoding step beside reading memory: launches, sampling, the scheduler."""
+    learner_utilization: Resumable[Annotated[float, Interval(gt=0, le=1)]] = 0.3
+    """Share of peak_tflops that the learner's forward and backward passes reach."""
+    network_utilization: Resumable[Annotated[float, Interval(gt=0, le=1)]] = 0.6
+    """Share of the rates between GPUs that a collective reaches."""
+    swap_pause_s: Resumable[Nonnegative] = 0.5
+    """Time of a swap beside the broadcast: pause, repacking of weights, probe."""
 
 
 @dataclass
@@ -454,14 +533,14 @@ class RunConfig:
     """The run's name, in the directory and in W&B."""
     seed: Seed = 0
     """Seed of data order, sampling and fresh weights."""
-    resume: Resumable[bool] = False
+    resume: Resumable[Resume] = False
     """Continue the run in run.dir from its last checkpoint."""
     deterministic: Resumable[bool] = False
     """Same seed, same rollouts and losses; slower, and needs max_staleness=0."""
     tensorboard: Resumable[bool] = True
     """Write tensorboard/ in the run directory."""
     wandb: Resumable[bool] = False
-    """Log to Weights & Biases too (pip install 's2w[wandb]')."""
+    """Log to Weights & Biases too (pip install 's2w[wandb]'; WANDB_MODE=offline in the environment sends nothing)."""
     wandb_project: Resumable[str] = "s2w"
     """The W&B project."""
     preflight: Resumable[Preflight] = "none"
@@ -483,17 +562,20 @@ class EvalConfig:
     """Problems generated for each task; the same ones that `s2w train` holds out with the same seed."""
     path: str | None = None
     """Instead of tasks: a file of problems (JSONL, Parquet or CSV), or hf://datasets/OWNER/NAME[@REVISION]/FILE."""
-    prompt_column: str = "prompt"
-    """Column of the file with the question: text, or a list of chat messages."""
+    prompt_column: str | None = None
+    """Column of the file with the question: text, or a list of chat messages; null: `messages`, else `prompt`, as in
+    files to train on."""
     answer_column: str = "answer"
     """Column of the file with the right answer; empty where a verifier of your own needs none."""
+    task_column: str = "task"
+    """Column of the file with a row's own verifier, as in files to train on; empty: eval.verifier checks every row."""
     choice_columns: list[str] = field(default_factory=list)
     """Multiple choice: columns with the wrong answers; choices are shuffled, and the right answer is a letter."""
     template: str = "{question}"
-    """Text of the user's message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
-    verifier: str = "math_verify"
-    """How answers of a file are checked: math_verify, exact_match, or a function of your own as
-    package.module:function. (Letters of choices: always exact_match.)"""
+    """Text of the last message; {question} stands for the prompt and, in multiple choice, its lettered choices."""
+    verifier: str = DEFAULT_VERIFIER
+    """What checks answers of a file's rows without a task, as data.verifier: math_verify, exact_match, or a function of
+    your own as package.module:function (docs/data.md). Letters of choices: always exact_match."""
     samples: Positive = 4
     """Responses to each problem in each mode."""
     k: list[Positive] = field(default_factory=lambda: [1])
@@ -517,11 +599,35 @@ class EvalRun:
     """The whole configuration of `s2w eval`."""
 
     model: str = MISSING
-    """Hub id or path of the checkpoint."""
+    """A run directory (its newest checkpoint), a checkpoint's directory, or a hub id."""
     revision: str | None = None
     """Hub revision; null is the default branch."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class SampleRun:
+    """The whole configuration of `s2w sample`."""
+
+    model: str = MISSING
+    """A run directory (its newest checkpoint), a checkpoint's directory, or a hub id."""
+    revision: str | None = None
+    """Hub revision; null is the default branch."""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """A second model that answers the same prompts, and its settings: {model: PATH, revision: NAME}, and those of
+    `rollout` where it differs from the first: {tensor_parallel: 4}."""
+    mode: ModeSetting | None = None
+    """Mode of all prompts that do not say /think or /no_think themselves; null: a row's own mode, else think where the
+    chat templates can ask for it."""
+    system_prompt: str | None = None
+    """Put before messages that have no system turn."""
+    max_prompt_tokens: Positive = 2048
+    """Longest prompt that is typed, in tokens."""
+    seed: Seed = 0
+    """Seed of sampling."""
+    rollout: SampleRollout = field(default_factory=SampleRollout)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
@@ -547,4 +653,5 @@ class Config:
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     run: RunConfig = field(default_factory=RunConfig)

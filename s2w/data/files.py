@@ -1,22 +1,27 @@
-"""Rows of JSONL, Parquet and CSV files; malformed files are refused, with the place of the error."""
+"""Rows of JSONL, Parquet and CSV files, each with its place; malformed files are refused, with the place of the error.
+
+A place is the file and, in JSONL, the line, counted from 1 as editors do; elsewhere the row, counted from 0.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from s2w.errors import ConfigError
 
 Row = dict[str, Any]
+Placed = tuple[str, Row]
+"""A place, such as ``'prompts.jsonl', line 3``, and the row there."""
 BATCH = 1024
 """Rows of a Parquet file in memory at once."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a file.
+def read_rows(path: Path) -> list[Placed]:
+    """All rows of a file, with their places.
 
     Raises:
         ConfigError: as in :func:`rows`; there is no such file, or it is empty.
@@ -29,8 +34,8 @@ def read_rows(path: Path) -> list[Row]:
     return found
 
 
-def rows(file: Path) -> Iterator[Row]:
-    """The rows of a file, read as they are asked for.
+def rows(file: Path) -> Iterator[Placed]:
+    """The rows of a file with their places, read as they are asked for.
 
     Raises:
         ConfigError: its suffix is another one, or its content is not what its suffix says.
@@ -42,7 +47,7 @@ def rows(file: Path) -> Iterator[Row]:
     yield from readers[file.suffix](file)
 
 
-def json_rows(file: Path) -> Iterator[Row]:
+def json_rows(file: Path) -> Iterator[Placed]:
     """The objects of a JSONL file; blank lines are skipped.
 
     Raises:
@@ -51,28 +56,29 @@ def json_rows(file: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
+        where = f"{str(file)!r}, line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{str(file)!r}, line {number}, is not JSON: {error}") from error
+            raise ConfigError(f"{where}, is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"{str(file)!r}, line {number}, is not a JSON object")
-        yield row
+            raise ConfigError(f"{where}, is not a JSON object")
+        yield where, row
 
 
-def csv_rows(file: Path) -> Iterator[Row]:
+def csv_rows(file: Path) -> Iterator[Placed]:
     """The rows of a CSV file, keyed by the names in its first line.
 
     Raises:
         ConfigError: it is not UTF-8 text, or not CSV.
     """
     try:
-        yield from csv.DictReader(_lines(file, newline=""))
+        yield from _numbered(file, csv.DictReader(_lines(file, newline="")))
     except csv.Error as error:
         raise ConfigError(f"{str(file)!r} is not a CSV file: {error}") from error
 
 
-def parquet_rows(file: Path) -> Iterator[Row]:
+def parquet_rows(file: Path) -> Iterator[Placed]:
     """The rows of a Parquet file.
 
     Raises:
@@ -82,11 +88,16 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        for batch in ParquetFile(file).iter_batches(BATCH):
-            yield from batch.to_pylist()
+        batches = ParquetFile(file).iter_batches(BATCH)
+        yield from _numbered(file, (row for batch in batches for row in batch.to_pylist()))
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"{str(file)!r} is not a complete Parquet file: {reason}") from error
+
+
+def _numbered(file: Path, found: Iterable[Row]) -> Iterator[Placed]:
+    for number, row in enumerate(found):
+        yield f"{str(file)!r}, row {number}", row
 
 
 def _lines(file: Path, newline: str | None = None) -> Iterator[str]:

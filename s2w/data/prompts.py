@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import DataConfig
 from s2w.data.files import read_rows
+from s2w.data.heldout import draw, question_key
 from s2w.data.questions import Question, as_prompts, generated_question, read_row, with_system_prompt
 from s2w.data.tasks import generate
 from s2w.errors import ConfigError, did_you_mean
@@ -21,6 +21,10 @@ from s2w.models.modes import supported_modes
 from s2w.records import Mode, Prompt
 
 logger = logging.getLogger(__name__)
+
+
+class TooFewPromptsError(ConfigError):
+    """A file has no prompts left to train on once the held-out ones are drawn."""
 
 
 def build_prompts(
@@ -33,35 +37,61 @@ def build_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts.
 
+    Args:
+        tokenizer, seed, modes: as in :func:`render_questions`.
+        context_length: longest sequence, in tokens, that both models take.
+        columns: as in :func:`read_questions`.
+
+    Raises:
+        ConfigError: as in :func:`read_questions` and :func:`render_questions`; a prompt is too long.
+    """
+    train, heldout = render_questions(data, read_questions(data, seed, columns), tokenizer, seed, modes)
+    check_lengths(data, [*train, *heldout], context_length)
+    return train, heldout
+
+
+def read_questions(data: DataConfig, seed: int, columns: Collection[str] = ()) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions, in no mode yet but those that name one.
+
+    Args:
+        seed: seed of generated tasks, and of which rows of a file are held out.
+        columns: of a file's rows, whose texts the questions keep in their metadata.
+
+    Raises:
+        ConfigError: no or two sources, an unreadable row.
+        TooFewPromptsError: nothing would be left to train on.
+    """
+    if bool(data.tasks) == bool(data.path):
+        raise ConfigError(f"Set one of data.tasks and data.path{', not both' if data.path else ''}")
+    return _file_questions(data, data.path, seed, columns) if data.path else _task_questions(data, seed)
+
+
+def render_questions(
+    data: DataConfig,
+    splits: tuple[Sequence[Question], Sequence[Question]],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    modes: Sequence[Mode] = (),
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out questions as prompts, of any length.
+
     A prompt's mode is that of its file row, else the soft switch in its messages, else ``modes`` in turn, so that
     every task gets every mode in equal parts.
 
     Args:
         tokenizer: the student's; teacher and student share its vocabulary.
-        seed: seed of generated tasks and of each prompt's first sample.
+        seed: seed of each prompt's first sample.
         modes: modes of the run; empty means all that the chat template can ask for.
-        context_length: longest sequence, in tokens, that both models take.
-        columns: of a file's rows, whose texts the prompts keep in their metadata.
 
     Raises:
-        ConfigError: no or two sources, an unreadable row, a prompt that is too long, a mode the template lacks.
+        ConfigError: a mode that the template lacks, or messages that it rejects.
     """
-    if bool(data.tasks) == bool(data.path):
-        raise ConfigError(f"Set one of data.tasks and data.path{', not both' if data.path else ''}")
-    splits = _file_questions(data, data.path, columns) if data.path else _task_questions(data, seed)
     chosen = tuple(modes) or supported_modes(tokenizer)
     of_task = _task_modes(data, {question.task for questions in splits for question in questions})
     kwargs = _plain(data.chat_template_kwargs)
     train, heldout = (
-        as_prompts(
-            _with_modes([with_system_prompt(one, data.system_prompt) for one in questions], chosen, of_task),
-            tokenizer,
-            ("prompt", seed),
-            kwargs,
-        )
-        for questions in splits
+        as_prompts(_with_modes(questions, chosen, of_task), tokenizer, ("prompt", seed), kwargs) for questions in splits
     )
-    _check_lengths(data, [*train, *heldout], context_length)
     return train, heldout
 
 
@@ -84,10 +114,16 @@ def _with_modes(
     return result
 
 
-def _check_lengths(data: DataConfig, prompts: Sequence[Prompt], context_length: int | None) -> None:
-    limit, name = data.max_prompt_tokens, "data.max_prompt_tokens"
-    if context_length is not None and context_length - 1 < limit:
-        limit, name = context_length - 1, "the models' context, less one token of response"
+def prompt_limit(data: DataConfig, context_length: int | None) -> tuple[int, str]:
+    """Longest prompt that is taken, in tokens, and what sets that limit."""
+    if context_length is not None and context_length - 1 < data.max_prompt_tokens:
+        return context_length - 1, "the models' context, less one token of response"
+    return data.max_prompt_tokens, "data.max_prompt_tokens"
+
+
+def check_lengths(data: DataConfig, prompts: Sequence[Prompt], context_length: int | None) -> None:
+    """Raises ConfigError if a prompt is longer than :func:`prompt_limit`; names the first one."""
+    limit, name = prompt_limit(data, context_length)
     for prompt in prompts:
         if len(prompt.token_ids) > limit:
             raise ConfigError(f"Prompt {prompt.uid!r} has {len(prompt.token_ids)} tokens, more than {limit} ({name})")
@@ -127,7 +163,8 @@ def _task_questions(data: DataConfig, seed: int) -> tuple[list[Question], list[Q
             options,
         )
         for split, entries in (("train", train), ("heldout", heldout)):
-            splits[split].append([generated_question(name, split, i, one, options) for i, one in enumerate(entries)])
+            questions = [generated_question(name, split, i, one, options) for i, one in enumerate(entries)]
+            splits[split].append([with_system_prompt(one, data.system_prompt) for one in questions])
     return _interleave(splits["train"]), _interleave(splits["heldout"])
 
 
@@ -142,33 +179,44 @@ def _interleave(lists: list[list[Question]]) -> list[Question]:
     return [questions[i] for i in range(longest) for questions in lists if i < len(questions)]
 
 
-def _file_questions(data: DataConfig, location: str, columns: Collection[str]) -> tuple[list[Question], list[Question]]:
+def _file_questions(
+    data: DataConfig, location: str, seed: int, columns: Collection[str]
+) -> tuple[list[Question], list[Question]]:
     path = Path(location).expanduser()
-    rows = read_rows(path)
-
-    def questions(file: Path, split: str, found: Sequence[dict[str, Any]]) -> list[Question]:
-        read = [read_row(f"{str(file)!r}, {split} row {i}", row, columns)[0] for i, row in enumerate(found)]
-        return [replace(one, uid=f"{one.task or file.stem}/{split}/{i}") for i, one in enumerate(read)]
-
-    if data.heldout_path is not None:
-        heldout_path = Path(data.heldout_path).expanduser()
-        train = questions(path, "train", rows)
-        heldout = questions(heldout_path, "heldout", read_rows(heldout_path))
-    else:
-        if data.heldout_prompts >= len(rows):
-            raise ConfigError(
-                f"{str(path)!r} has {len(rows)} prompts, too few to hold out {data.heldout_prompts} "
-                "(data.heldout_prompts)"
+    rows = _read(path, data, columns)
+    keys = [question_key(question.messages) for question in rows]
+    if data.heldout_path is None:
+        chosen, different = draw(keys, data.heldout_prompts, seed), len(set(keys))
+        if len(chosen) == different:
+            repeated = f" ({different} different ones)" if different < len(rows) else ""
+            raise TooFewPromptsError(
+                f"{str(path)!r} has {len(rows)} prompts{repeated}, too few to hold out {data.heldout_prompts} "
+                "(data.heldout_prompts): write a smaller number, or a file of them as data.heldout_path"
             )
-        first = len(rows) - data.heldout_prompts
-        train, heldout = questions(path, "train", rows[:first]), questions(path, "heldout", rows[first:])
-    seen = {json.dumps(question.messages) for question in train}
-    distinct = [question for question in heldout if json.dumps(question.messages) not in seen]
-    if len(distinct) < len(heldout):
+        numbered = list(enumerate(zip(rows, keys, strict=True)))
+        train = [_named(path, "train", i, question) for i, (question, key) in numbered if key not in chosen]
+        heldout = [_named(path, "heldout", i, question) for i, (question, key) in numbered if key in chosen]
+        return train, heldout
+    heldout_path, seen = Path(data.heldout_path).expanduser(), set(keys)
+    others = list(enumerate(_read(heldout_path, data, columns)))
+    distinct = [(i, question) for i, question in others if question_key(question.messages) not in seen]
+    if len(distinct) < len(others):
         if not distinct:
-            raise ConfigError(f"Every held-out prompt of {str(path)!r} is also a training prompt")
-        logger.warning("Left out %d held-out prompts that are training prompts too.", len(heldout) - len(distinct))
-    return train, distinct
+            raise ConfigError(f"Every held-out prompt of {str(heldout_path)!r} is also a training prompt")
+        logger.warning("Left out %d held-out prompts that are training prompts too.", len(others) - len(distinct))
+    train = [_named(path, "train", i, question) for i, question in enumerate(rows)]
+    return train, [_named(heldout_path, "heldout", i, question) for i, question in distinct]
+
+
+def _read(file: Path, data: DataConfig, columns: Collection[str]) -> list[Question]:
+    """The questions of a file's rows, without uids."""
+    found = [read_row(where, row, columns, data.verifier)[0] for where, row in read_rows(file)]
+    return [with_system_prompt(question, data.system_prompt) for question in found]
+
+
+def _named(file: Path, split: str, row: int, question: Question) -> Question:
+    """The question with its uid, which says where it is from: ``task/split/row``."""
+    return replace(question, uid=f"{question.task or file.stem}/{split}/{row}")
 
 
 def _plain(value: Any) -> dict[str, Any]:

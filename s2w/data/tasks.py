@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -103,6 +104,8 @@ def derive_seed(*parts: int | str) -> int:
 
 def _registry() -> dict[str, Any]:
     """reasoning-gym's datasets by name, as (dataset class, config class)."""
+    # Of a package that reasoning-gym imports, where Python compiles it for the first time.
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=".*cellpylib")
     from reasoning_gym.factory import DATASETS
 
     from s2w.testbed import dataset  # noqa: F401  (registers itself)
@@ -126,9 +129,9 @@ def _scorer(name: str, options: str) -> Any:
 
 
 def _dataset(name: str, seed: int, size: int, options: Mapping[str, Any]) -> Any:
+    _registry()
     import reasoning_gym
 
-    _registry()
     if reserved := options.keys() & {"seed", "size"}:
         raise ConfigError(f"Options of task {name!r} may not set {min(reserved)}: s2w does")
     try:

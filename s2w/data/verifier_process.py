@@ -8,16 +8,20 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+from collections import Counter
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from s2w.data.verifiers import prepare, verify
-from s2w.errors import ConfigError
+from s2w.data.verifiers import is_custom, prepare, verifier_at, verify
+from s2w.errors import ConfigError, VerifierError
 from s2w.records import Prompt
 
 IMPORT_S = 120.0
 """Seconds that the import of a verifier may take, once in a process: they are no answer's."""
+OVERDUE = 32
+"""Responses in a row that a verifier of the user's may be too slow for, or end the process on. One can be the
+response's fault, which scores 0; so many are the verifier's."""
 
 
 class VerifierClosedError(RuntimeError):
@@ -32,7 +36,8 @@ class VerifierProcess:
     """
 
     def __init__(self, timeout_s: float = 5.0) -> None:
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        self._overdue: Counter[str] = Counter()
         self._closed = False
         self._changing = threading.Lock()
         self._start()
@@ -41,18 +46,38 @@ class VerifierProcess:
         """:func:`s2w.data.verifiers.verify` within the time limit.
 
         Raises:
-            ConfigError: as there.
+            ConfigError, VerifierError: as there.
+            VerifierError: a verifier of the user's was too slow for :data:`OVERDUE` responses in a row.
             VerifierClosedError: the process was ended, here or from another thread.
         """
+        score = self.timed(prompt, answer_text)
+        if score is not None:
+            self._overdue[prompt.task] = 0
+            return score
+        self._overdue[prompt.task] += 1
+        if self._overdue[prompt.task] >= OVERDUE and is_custom(prompt.task):
+            raise VerifierError(
+                f"{verifier_at(prompt)} took more than {self.timeout_s:g} s, or ended its process, for {OVERDUE} "
+                "responses in a row: make it faster, or have it return 0 for what takes too long"
+            )
+        return 0.0
+
+    def timed(self, prompt: Prompt, answer_text: str) -> float | None:
+        """As :meth:`verify`, but None where the verifier did not answer in time, or ended the process."""
         if prompt.task not in self._prepared:
-            self._prepare(prompt.task)
+            self.prepare(prompt.task)
         try:
-            return self._ask((prompt, answer_text), self._timeout_s)
+            return self._ask((prompt, answer_text), self.timeout_s)
         except OSError:
             self._restart()
-            return 0.0
+            return None
 
-    def _prepare(self, task: str) -> None:
+    def prepare(self, task: str) -> None:
+        """Imports a task's verifier: :func:`s2w.data.verifiers.prepare` within :data:`IMPORT_S`.
+
+        Raises:
+            ConfigError: as there, or it took longer.
+        """
         try:
             self._ask(task, IMPORT_S)
         except OSError:
@@ -71,7 +96,7 @@ class VerifierProcess:
             result = self._connection.recv()
         except EOFError as error:
             raise ConnectionError from error
-        if isinstance(result, ConfigError):
+        if isinstance(result, ConfigError | VerifierError):
             raise result
         return result
 
@@ -100,7 +125,7 @@ class VerifierProcess:
             # Not fork: callers have threads (Ray, OpenMP), which a forked child would find holding locks.
             context = multiprocessing.get_context("spawn")
             self._connection, far = context.Pipe()
-            self._process = context.Process(target=_serve, args=(far, self._timeout_s), daemon=True)
+            self._process = context.Process(target=_serve, args=(far, self.timeout_s), daemon=True)
             self._process.start()
             far.close()
         with suppress(EOFError, OSError):
@@ -129,7 +154,7 @@ def _serve(connection: Connection, timeout_s: float) -> None:
                 connection.send(None)
             else:
                 connection.send(verify(*request))
-        except ConfigError as error:
+        except (ConfigError, VerifierError) as error:
             connection.send(error)
         except BrokenPipeError:
             return

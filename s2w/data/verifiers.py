@@ -1,9 +1,10 @@
-"""Whether an answer is right: the scorer of the prompt's task, by name.
+"""Whether an answer is right: verifiers by name, and which of them checks a question.
 
-A task is one of :data:`VERIFIERS`, which need nothing but a reference answer, a reasoning-gym name, or a function from
-outside of the package: its import path, ``package.module:function``, or the name of an entry point of the group
-``s2w.verifiers``. Such a function is called with ``(response, answer, row)``: the text of the response without its
-thinking, the reference answer or None, and the row of the file as a dict. It returns a number from 0 to 1; 1 is right.
+A verifier is one of :data:`VERIFIERS`, which need nothing but a reference answer, the scorer of a reasoning-gym task,
+or a function from outside of the package: its import path, ``package.module:function``, or the name of an entry point
+of the group ``s2w.verifiers``. Such a function is called with ``(response, answer, row)``: the text of the response
+without its thinking, the reference answer or None, and the row of the file as a dict. It returns a number from 0 to 1;
+1 is right.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import logging
 import math
 import os
 import re
@@ -22,11 +24,14 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from s2w.data import tasks
-from s2w.errors import ConfigError, did_you_mean
+from s2w.errors import ConfigError, VerifierError, did_you_mean
 from s2w.records import Prompt
 
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 ANSWER_PHRASE = re.compile(r"\b(?:final answer|answer)(?: is)?\s*[:=]?\s*(?:\*\*)?\s*([^\n]+)", re.IGNORECASE)
+TEXT_MACRO = re.compile(r"\\text(?:bf|rm)?\{([^{}]*)\}")
+WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[\s.,;:!?'’-]+[^\W\d_]+)*[.!?]?")
+"""Letters and what stands between words, at least two letters together: nothing that is calculated with."""
 
 
 def extract_answer(text: str) -> str:
@@ -45,17 +50,26 @@ def extract_answer(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if the extracted answer is the reference, white space aside; else 0."""
-    return float(" ".join(extract_answer(answer).split()) == " ".join(reference.split()))
+    """1 if the extracted answer is the reference, else 0; white space, ``\\text{}`` and a final full stop aside."""
+    return float(_plain(extract_answer(answer)) == _plain(reference))
 
 
 def math_verify(answer: str, reference: str) -> float:
-    """1 if math-verify holds answer and reference for the same expression, else 0."""
+    """1 if the answer is the reference (:func:`exact_match`) or, by math-verify, the same expression; else 0.
+
+    A reference of words alone is text: as expressions, ``no`` and ``on`` are the same product.
+    """
+    if exact_match(answer, reference):
+        return 1.0
+    if WORDS.fullmatch(reference.strip()):
+        return 0.0
     import math_verify as library  # Only here: it brings sympy.
 
-    # No timeouts: the library's need the main thread, and actors verify in others.
+    # No timeouts: the library's need the main thread, and actors verify in others. It warns of that.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     gold = library.parse(reference if "$" in reference else f"${reference}$", parsing_timeout=None)
-    given = library.parse(answer, parsing_timeout=None)
+    tagged = ANSWER_TAG.findall(answer)
+    given = library.parse(tagged[-1] if tagged else answer, parsing_timeout=None)
     return float(library.verify(gold, given, timeout_seconds=None))
 
 
@@ -68,6 +82,25 @@ GROUP = "s2w.verifiers"
 CustomVerifier = Callable[[str, str | None, dict[str, Any]], float]
 
 
+def verifier_of(own: str | None, answer: str | None, default: str | None) -> str:
+    """Which verifier checks answers to a question, by one rule for prompts, ready responses and problems alike; empty
+    if none does.
+
+    A question's own verifier does (the row's ``task``). One that names none is checked by the default, if it has what
+    that needs: the verifiers of :data:`VERIFIERS` compare with a reference answer, others can do without.
+
+    Args:
+        own: the verifier that the question names; None for none.
+        answer: its reference answer; None for none.
+        default: ``data.verifier`` or ``eval.verifier``; None leaves unnamed ones unchecked.
+    """
+    if own:
+        return own
+    if default is None or (default in VERIFIERS and answer is None):
+        return ""
+    return default
+
+
 def is_custom(task: str) -> bool:
     """Whether a task names a function from outside of this package. Names of :data:`VERIFIERS` and reasoning-gym stay
     theirs, whatever entry points there are."""
@@ -77,20 +110,23 @@ def is_custom(task: str) -> bool:
 
 
 def check_verifier(task: str) -> None:
-    """Refuses a task that has no verifier. A function of the user's is imported, and its signature compared.
+    """Refuses the name of a verifier that there is not. A function of the user's is imported, and its signature
+    compared.
 
     Raises:
-        ConfigError: no task has that name (the nearest is named, and what there is), or as of :func:`custom_verifier`.
+        ConfigError: there is none of that name (what there is, and the nearest, are named), or as of
+            :func:`custom_verifier`.
     """
     if is_custom(task):
         custom_verifier(task)
     elif task not in VERIFIERS and task not in (generated := tasks.task_names()):
         own = [*VERIFIERS, *sorted(_entry_points())]
-        nearest = difflib.get_close_matches(task, [*own, *generated], n=1, cutoff=0.0)
+        nearest = difflib.get_close_matches(task, [*own, *generated], n=1)
+        near = f"; did you mean {nearest[0]!r}? A" if nearest else ": a"
         raise ConfigError(
-            f"There is no verifier and no reasoning-gym task {task!r}; did you mean {nearest[0]!r}? A task is "
-            f"{', '.join(own)}, the name of one of reasoning-gym's {len(generated)} tasks, or a function of your own "
-            "as package.module:function"
+            f"There is no verifier and no reasoning-gym task {task!r}{near} verifier is {', '.join(own)}, one of "
+            f"reasoning-gym's {len(generated)} tasks ({', '.join(generated[:3])} ... {generated[-1]}: docs/data.md has "
+            "all), or a function of your own as package.module:function"
         )
 
 
@@ -150,8 +186,8 @@ def verify(prompt: Prompt, answer_text: str) -> float:
         answer_text: the response without its thinking (:func:`s2w.models.modes.split_thinking`).
 
     Raises:
-        ConfigError: the prompt has no task, its verifier has no reference answer to compare with, or a function of the
-            user's fails or returns something else than a number from 0 to 1.
+        ConfigError: the prompt has no verifier, or it has no reference answer to compare with.
+        VerifierError: a function of the user's fails, or returns something else than a number from 0 to 1.
     """
     if not prompt.task:
         raise ConfigError(f"Prompt {prompt.uid!r} cannot be verified: it has no task")
@@ -167,19 +203,25 @@ def verify(prompt: Prompt, answer_text: str) -> float:
 
 
 def _custom_score(prompt: Prompt, answer_text: str) -> float:
-    verifier, where = custom_verifier(prompt.task), f"Prompt {prompt.uid!r}: its verifier {prompt.task}"
+    verifier, where = custom_verifier(prompt.task), verifier_at(prompt)
     try:
         value = verifier(answer_text, prompt.answer, prompt.metadata.get("row", {}))
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        raise ConfigError(f"{where} failed in {at.filename}, line {at.lineno}: {_said(error)}") from error
+        raise VerifierError(f"{where} failed in {at.filename}, line {at.lineno}: {_said(error)}") from error
     try:
         score = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         score = math.nan
     if not 0 <= score <= 1:
-        raise ConfigError(f"{where} returned {value!r}: a score is a number from 0 (wrong) to 1 (right)")
+        raise VerifierError(f"{where} returned {value!r}: a score is a number from 0 (wrong) to 1 (right)")
     return score
+
+
+def verifier_at(prompt: Prompt) -> str:
+    """A prompt's verifier and the row that it checks, as the start of a message."""
+    row = f"{prompt.place} (prompt {prompt.uid!r})" if prompt.place else f"Prompt {prompt.uid!r}"
+    return f"{row}: its verifier {prompt.task}"
 
 
 def _imported(where: str, module: str, name: str) -> Any:
@@ -205,6 +247,10 @@ def _imported(where: str, module: str, name: str) -> Any:
 @functools.cache
 def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _plain(text: str) -> str:
+    return " ".join(TEXT_MACRO.sub(r"\1", text).split()).removesuffix(".")
 
 
 def _said(error: BaseException) -> str:

@@ -59,7 +59,7 @@ class Grader:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._opened = tokenizer, opens_thinking(tokenizer)
+        self.tokenizer, self._opened = tokenizer, opens_thinking(tokenizer)
         self._verifier: VerifierProcess | None = None
         self._closed = False
         self._changing = threading.Lock()
@@ -69,13 +69,14 @@ class Grader:
 
         Raises:
             ConfigError: a problem's verifier has no answer to compare with.
+            VerifierError: a verifier of the user's fails on a response.
             VerifierClosedError: :meth:`close` was called meanwhile.
         """
         return [self._grade(rollout) for rollout in rollouts]
 
     def text(self, rollout: Rollout) -> str:
         """The response without special tokens; think tags stay, which in Qwen3 are not special."""
-        return str(self._tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
 
     def _grade(self, rollout: Rollout) -> Graded:
         prompt = rollout.prompt

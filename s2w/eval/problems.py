@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -12,17 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import EvalConfig
-from s2w.data.files import read_rows
-from s2w.data.questions import (
-    Question,
-    as_prompts,
-    check_prompt,
-    generated_question,
-    read_messages,
-    with_system_prompt,
-)
+from s2w.data.columns import read_answer, read_task
+from s2w.data.files import Row, read_rows
+from s2w.data.questions import Question, as_prompts, generated_question, read_row, with_system_prompt
 from s2w.data.tasks import check_task, derive_seed, generate
-from s2w.data.verifiers import check_verifier, is_custom
+from s2w.data.verifiers import VERIFIERS, check_verifier, verifier_of
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import hub_answers
 from s2w.records import Mode, Prompt
@@ -79,36 +74,58 @@ def _file_problems(config: EvalConfig, location: str) -> list[Question]:
     if "{question}" not in config.template:
         raise ConfigError("eval.template must contain {question}")
     path = _fetch(location)
-    rows = read_rows(path)
-    own = is_custom(config.verifier)
-    columns = {"eval.prompt_column": config.prompt_column}
-    if config.answer_column:
-        columns["eval.answer_column"] = config.answer_column
-    elif not own or config.choice_columns:
-        raise ConfigError("eval.answer_column is empty: only a verifier of your own (eval.verifier) needs no answer")
-    columns |= {f"eval.choice_columns[{i}]": name for i, name in enumerate(config.choice_columns)}
     problems = []
-    for i, row in enumerate(rows):
-        for setting, column in columns.items():
-            if row.get(column) is None:
-                there = ", ".join(map(str, row))
-                raise ConfigError(f"{location!r}, row {i}, has no {column!r} ({setting}); its columns are: {there}")
-            if not str(row[column]).strip():
-                raise ConfigError(f"{location!r}, row {i}: its {column!r} ({setting}) is empty")
-        given, task = row[config.prompt_column], config.verifier
-        answer = str(row[config.answer_column]).strip() if config.answer_column else None
-        if config.choice_columns and answer is not None:
+    for i, (place, row) in enumerate(read_rows(path)):
+        where = place.replace(repr(str(path)), repr(location))  # Not the hub's cache.
+        read, _ = read_row(where, _standard(where, row, config), verifier=config.verifier)
+        *before, last = read.messages
+        text = last["content"]
+        if config.choice_columns:
             wrong = [str(row[column]) for column in config.choice_columns]
-            choices, answer = _shuffled(answer, wrong, derive_seed("choices", config.seed, i))
-            given, task = f"{str(given).strip()}\n\n{choices}", "exact_match"
-        if isinstance(given, str):
-            given = config.template.replace("{question}", given)
-        where = f"{location!r}, row {i}"
-        messages = read_messages(where, given)
-        check_prompt(where, messages)
-        metadata = {"row": dict(row)} if own else {}
-        problems.append(Question(f"{path.stem}/{i}", messages, task, answer, metadata))
+            choices, letter = _shuffled(str(read.answer), wrong, derive_seed("choices", config.seed, i))
+            text = f"{text.strip()}\n\n{choices}"
+            read = replace(read, task="exact_match", answer=letter, metadata={})
+        asked = {"role": last["role"], "content": config.template.replace("{question}", text)}
+        metadata = {"row": row} if "row" in read.metadata else read.metadata
+        uid = f"{path.stem}/{i}"
+        problems.append(replace(read, uid=uid, messages=(*before, asked), metadata=metadata))
     return problems
+
+
+def _standard(where: str, row: Row, config: EvalConfig) -> Row:
+    """The row under the names that the columns of training files have.
+
+    Raises:
+        ConfigError: a column that a setting names, or that the row's verifier needs, is missing or empty.
+    """
+    own = read_task(where, row, config.task_column) if config.task_column else None
+    columns = {"eval.prompt_column": config.prompt_column} if config.prompt_column else {}
+    # Without an answer the rule leaves a row unchecked, or to a verifier that compares with one.
+    if config.choice_columns or verifier_of(own, None, config.verifier) in ("", *VERIFIERS):
+        if not config.answer_column:
+            raise ConfigError(
+                "eval.answer_column is empty: only a verifier of your own (eval.verifier) needs no answer"
+            )
+        columns["eval.answer_column"] = config.answer_column
+    columns |= {f"eval.choice_columns[{i}]": name for i, name in enumerate(config.choice_columns)}
+    for setting, column in columns.items():
+        if row.get(column) is None:
+            there = ", ".join(map(str, row))
+            raise ConfigError(f"{where}, has no {column!r} ({setting}); its columns are: {there}")
+        if not str(row[column]).strip():
+            raise ConfigError(f"{where}: its {column!r} ({setting}) is empty")
+    if config.prompt_column:
+        asked = {"prompt": row[config.prompt_column]}
+    else:
+        asked = {name: row[name] for name in ("messages", "prompt") if name in row}
+        if not asked:
+            there = ", ".join(map(str, row))
+            raise ConfigError(
+                f"{where}, has neither `messages` nor `prompt`: name another column in eval.prompt_column; its columns "
+                f"are: {there}"
+            )
+    answer = read_answer(where, row, config.answer_column) if config.answer_column else None
+    return {**asked, "answer": answer, "task": own, "metadata": row.get("metadata")}
 
 
 def _shuffled(right: str, wrong: list[str], seed: int) -> tuple[str, str]:

@@ -5,19 +5,20 @@ The range of a single setting is declared beside it (:mod:`s2w.config.schema`); 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from transformers import PretrainedConfig
 
 from s2w.actors.hardware import resolve_dtype
-from s2w.config.bounds import check_bounds, resumable
-from s2w.config.schema import Config, LoopConfig, RolloutConfig, StudentConfig, TeacherConfig
+from s2w.config.bounds import check_bounds
+from s2w.config.schema import DEFAULT_VERIFIER, Config, LoopConfig, RolloutConfig, StudentConfig, TeacherConfig
 from s2w.data.files import rows
+from s2w.data.verifiers import check_verifier
 from s2w.errors import ConfigError, did_you_mean
-from s2w.models.checkpoint import Checkpoint, read_checkpoint
+from s2w.launch.run_directory import check_run_directory
+from s2w.models.checkpoint import read_checkpoint
 from s2w.models.modes import add_thinking_switch
 from s2w.models.pair import ModelPair
 from s2w.models.parallel import check_parallel
@@ -27,6 +28,7 @@ from s2w.models.tokenizers import compare_tokenizers
 from s2w.objectives import Objective, objective_class
 from s2w.objectives.divergences import DIVERGENCES, divergence_of, parameters_of
 from s2w.objectives.support import signal_support
+from s2w.observe.weights_and_biases import check_weights_and_biases
 from s2w.records import Prompt
 from s2w.rollout.thinking import check_thinking_budget
 from s2w.teacher.routing import DEFAULT, context_lengths, reference_settings, routes, section, teacher_settings
@@ -42,19 +44,10 @@ def check(config: Config, *, generating: bool = False) -> ModelPair:
     Raises:
         ConfigError: one sentence: what is wrong, where, what to write instead.
     """
-    check_bounds(config)
-    _check_combinations(config)
-    _check_loss(config)
-    _check_signal(config)
-    _check_preflight(config)
-    _check_objective(config, on_policy(config))
-    _check_off_policy(config)
-    _check_run_directory(config)
-    teachers = teacher_settings(config)
-    _check_routes(config)
-    for name, settings in teachers.items():
-        if name != DEFAULT:
-            check_bounds(settings, f"teachers.{name}.")
+    teachers = check_settings(config)
+    check_run_directory(config)
+    if config.run.wandb:
+        check_weights_and_biases()
     teacher = read_checkpoint(config.teacher.model, config.teacher.revision)
     student = read_checkpoint(config.student.model, config.student.revision)
     vocabulary = compare_tokenizers(teacher, student)
@@ -77,31 +70,50 @@ def check(config: Config, *, generating: bool = False) -> ModelPair:
     if (budget := config.rollout.thinking_budget) is not None:
         check_thinking_budget(budget, "rollout.thinking_budget", config.rollout, student.tokenizer)
     checkpoints = {DEFAULT: teacher, **others}
-    length = _check_lengths(config, teachers, checkpoints, student, generating)
+    contexts = {name: checkpoint.max_model_len for name, checkpoint in checkpoints.items()}
+    length = check_lengths(config, teachers, contexts, student.max_model_len, generating)
     if on_policy(config).needs_reference:
         reference = reference_settings(config, config.student.model, config.student.revision)
-        _check_engine("reference", reference, student, _changed_fields(config.student))
+        check_engine("reference", reference, student.config, _changed_fields(config.student))
     for name, settings in teachers.items():
-        _check_engine(section(name), settings, checkpoints[name])
+        check_engine(section(name), settings, checkpoints[name].config)
         check_weights(checkpoints[name])
     if config.student.init == "pruned" and config.student.keep_layers is not None:
         evenly_spaced(student.config.get_text_config().num_hidden_layers, config.student.keep_layers)
-    _check_engine("rollout", config.rollout, student, _changed_fields(config.student))
+    check_engine("rollout", config.rollout, student.config, _changed_fields(config.student))
     if config.student.init != "fresh":
         check_weights(student)
     return ModelPair(teacher, student, vocabulary, length)
 
 
-def _check_engine(
+def check_settings(config: Config) -> dict[str, TeacherConfig]:
+    """The checks that need no model; returns the settings of every teacher by name. Errors as in :func:`check`."""
+    check_bounds(config)
+    _check_combinations(config)
+    _check_loss(config)
+    _check_signal(config)
+    _check_preflight(config)
+    _check_objective(config, on_policy(config))
+    _check_off_policy(config)
+    _check_verifier(config)
+    teachers = teacher_settings(config)
+    _check_routes(config)
+    for name, settings in teachers.items():
+        if name != DEFAULT:
+            check_bounds(settings, f"teachers.{name}.")
+    return teachers
+
+
+def check_engine(
     section: str,
     engine: TeacherConfig | RolloutConfig,
-    checkpoint: Checkpoint,
+    model: PretrainedConfig,
     overrides: dict[str, Any] | None = None,
 ) -> None:
-    """Checks that the model can be laid out as an engine's settings ask; ``overrides`` as in :func:`check_parallel`."""
+    """Checks that a model can be laid out as an engine's settings ask; ``overrides`` as in :func:`check_parallel`."""
     check_parallel(
         section,
-        checkpoint.config,
+        model,
         tensor_parallel=engine.tensor_parallel,
         pipeline_parallel=engine.pipeline_parallel,
         expert_parallel=engine.expert_parallel,
@@ -116,14 +128,18 @@ def _changed_fields(student: StudentConfig) -> dict[str, Any]:
     return dict(student.overrides) if student.init == "fresh" else {}
 
 
-def _check_lengths(
+def check_lengths(
     config: Config,
-    teachers: dict[str, TeacherConfig],
-    checkpoints: dict[str, Checkpoint],
-    student: Checkpoint,
+    teachers: Mapping[str, TeacherConfig],
+    contexts: Mapping[str, int | None],
+    student_context: int | None,
     generating: bool,
 ) -> int:
     """Checks that prompts and responses fit the models' contexts and the teachers' engines.
+
+    Args:
+        contexts: longest sequence of each teacher's model, tokens; None if it does not say.
+        generating: as in :func:`check`.
 
     Returns:
         The student's longest prompt plus response, tokens.
@@ -131,15 +147,15 @@ def _check_lengths(
     data, off = config.data, config.off_policy
     length = data.max_prompt_tokens + config.rollout.max_tokens
     lengths = {"rollout.max_tokens": length}
-    if generating or _uses_off_policy(config):
+    if generating or uses_off_policy(config):
         lengths["off_policy.max_tokens"] = data.max_prompt_tokens + off.max_tokens
     scored = {"rollout.max_tokens": config.loop.steps > 0, "off_policy.max_tokens": bool(_scored_responses(config))}
     for setting, tokens in lengths.items():
-        for side, checkpoint in (*checkpoints.items(), ("student", student)):
-            if checkpoint.max_model_len is not None and tokens > checkpoint.max_model_len:
+        for side, context in (*contexts.items(), ("student", student_context)):
+            if context is not None and tokens > context:
                 raise ConfigError(
-                    f"data.max_prompt_tokens + {setting} = {tokens} is more than the {side}'s context of "
-                    f"{checkpoint.max_model_len} tokens: write smaller ones"
+                    f"data.max_prompt_tokens + {setting} = {tokens} is more than the {side}'s context of {context} "
+                    "tokens: write smaller ones"
                 )
         for name, teacher in teachers.items():
             if scored[setting] and teacher.max_model_len is not None and teacher.max_model_len < tokens:
@@ -148,7 +164,7 @@ def _check_lengths(
                     f"{setting} = {tokens}, which it has to score: must be >= {tokens}, or null"
                 )
     for name, teacher in teachers.items():
-        context = checkpoints[name].max_model_len
+        context = contexts[name]
         if teacher.max_model_len is not None and context is not None and teacher.max_model_len > context:
             raise ConfigError(
                 f"{section(name)}.max_model_len={teacher.max_model_len} is more than the model's context of {context} "
@@ -166,14 +182,10 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
     Raises:
         ConfigError: names the resource, how much is asked for, and how much there is.
     """
-    if _uses_off_policy(config) and config.off_policy.path is None:
+    if uses_off_policy(config) and config.off_policy.path is None:
         check_generation(config, device, available)
+    check_gradients(config, device)
     rollout, learner = config.rollout, config.learner
-    if learner.zero_stage == 0 and (dtype := resolve_dtype(learner.dtype, device)) != "float32":
-        raise ConfigError(
-            f"learner.zero_stage=0 would accumulate gradients in {dtype}: write learner.zero_stage=1, or "
-            "learner.dtype=float32"
-        )
     teachers = list(teacher_settings(config).values())
     if on_policy(config).needs_reference:
         teachers.append(reference_settings(config, config.student.model, config.student.revision))
@@ -196,6 +208,16 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
                 f"the run asks for {gpus:g} GPUs (teachers {of_teachers}, rollout engines {of_rollouts}, learner "
                 f"{learner.ranks * learner.gpus:g}) but the cluster has {there:g}"
             )
+
+
+def check_gradients(config: Config, device: str) -> None:
+    """Raises ConfigError if the learner would not accumulate gradients in float32."""
+    learner = config.learner
+    if learner.zero_stage == 0 and (dtype := resolve_dtype(learner.dtype, device)) != "float32":
+        raise ConfigError(
+            f"learner.zero_stage=0 would accumulate gradients in {dtype}: write learner.zero_stage=1, or "
+            "learner.dtype=float32"
+        )
 
 
 def check_generation(config: Config, device: str, available: dict[str, float]) -> None:
@@ -233,6 +255,23 @@ def _check_combinations(config: Config) -> None:
     check_batches("rollout", config.rollout)
     if config.student.init == "pruned" and config.student.keep_layers is None:
         raise ConfigError("student.init=pruned: set student.keep_layers to the number of layers to keep")
+
+
+def check_pool(section: str, pool: RolloutConfig, device: str, available: dict[str, float]) -> None:
+    """Raises ConfigError if the cluster is too small for the engines of a pool."""
+    for resource, amount in reserved([pool], device).items():
+        if amount > (there := available.get(resource, 0)):
+            raise ConfigError(
+                f"{section}.engines={pool.engines} reserve {amount:g} {resource}s, but the cluster has {there:g}"
+            )
+
+
+def reserved(pools: Sequence[RolloutConfig], device: str) -> dict[str, float]:
+    """What the engines of all pools reserve, by the name of Ray's resource."""
+    needs = {"CPU": sum(pool.engines * pool.cpus for pool in pools)}
+    if device == "cuda":
+        needs["GPU"] = sum(pool.engines * pool.tensor_parallel * pool.pipeline_parallel for pool in pools)
+    return needs
 
 
 def check_batches(section: str, engine: TeacherConfig | RolloutConfig) -> None:
@@ -335,9 +374,32 @@ def check_prompts(config: Config, models: ModelPair, prompts: Sequence[Prompt]) 
             if not prompt.task:
                 raise ConfigError(
                     f"loss.objective={objective.name} needs prompts whose answers can be checked, and {prompt.uid!r} "
-                    "has neither `task` nor `answer`"
+                    f"has no verifier: {_without_verifier(prompt, config.data.verifier)}"
                 )
     return context_lengths(config, models.student.tokenizer, prompts)
+
+
+def _without_verifier(prompt: Prompt, default: str | None) -> str:
+    """Why a prompt has no verifier, and what to write."""
+    row = prompt.place or "its row"
+    if prompt.answer is not None and default is None:
+        return f"{row} has an `answer` and no `task`: write data.verifier={DEFAULT_VERIFIER}"
+    return f"{row} has neither `task` nor `answer`: write one of them, or a data.verifier that needs no answer"
+
+
+def _check_verifier(config: Config) -> None:
+    """Checks the verifier of rows that name none."""
+    data = config.data
+    if data.verifier is not None:
+        try:
+            check_verifier(data.verifier)
+        except ConfigError as error:
+            raise ConfigError(f"data.verifier: {error}") from error
+    if data.path is None and config.off_policy.path is None and data.verifier != DEFAULT_VERIFIER:
+        raise ConfigError(
+            f"data.verifier={data.verifier} is for rows of a file (data.path, off_policy.path), and data.tasks have "
+            "verifiers of their own: remove it"
+        )
 
 
 def _check_signal(config: Config) -> None:
@@ -450,54 +512,19 @@ def off_policy_prompts(loop: LoopConfig) -> int:
     return count
 
 
-def _uses_off_policy(config: Config) -> bool:
+def uses_off_policy(config: Config) -> bool:
     """Whether the run needs responses of the teacher in one of its phases."""
     loop = config.loop
     return config.off_policy.steps > 0 or loop.off_policy_fraction > 0 or loop.unreliable_weight < 1
 
 
-def _check_run_directory(config: Config) -> None:
-    """Checks that a run directory can be written, and belongs to one configuration."""
-    directory = Path(config.run.dir)
-    check_writable("run.dir", directory)
-    stored = directory / "config.yaml"
-    if not stored.exists():
-        if config.run.resume:
-            raise ConfigError(f"run.resume=true, but {directory} contains no run: there is no {stored}")
-        return
-    may_change = set(resumable(Config))
-    for name, before, now in _differences(OmegaConf.to_container(OmegaConf.load(stored)), _plain(config)):
-        if name not in may_change:
-            raise ConfigError(
-                f"run.dir={directory} belongs to a run with {name}={before}, not {now}: "
-                "choose another run.dir, or the settings of that run"
-            )
-    if not config.run.resume:
-        raise ConfigError(
-            f"run.dir={directory} already holds this run: add run.resume=true to continue it, or choose another run.dir"
-        )
-
-
-def check_writable(setting: str, directory: Path) -> None:
-    """Checks that a directory exists and can be written, or can be created.
+def check_output(setting: str, file: Path) -> None:
+    """Checks that a file can be written: its directory is there, and it is none itself.
 
     Raises:
-        ConfigError: it is a file or below one, or cannot be written.
+        ConfigError: names the setting.
     """
-    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"{setting}={directory}: {nearest} is a file, not a directory: choose another one")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{setting}={directory}: {nearest} is not writable: choose another one")
-
-
-def _plain(config: Config) -> Any:
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(name), now.get(name), f"{prefix}{name}.")
-    elif before != now:
-        yield prefix.removesuffix("."), before, now
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{setting}={file}: there is no directory {str(file.absolute().parent)!r}")
+    if file.is_dir():
+        raise ConfigError(f"{setting}={file} is a directory: write the name of a file")

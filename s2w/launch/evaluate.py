@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.calls import each
 from s2w.actors.failures import reported
-from s2w.actors.hardware import resolve_dtype
+from s2w.actors.pool import QUEUE_DEPTH
 from s2w.actors.stopping import run_stoppable
 from s2w.config.bounds import check_bounds
-from s2w.config.schema import EvalRun, RolloutConfig
+from s2w.config.schema import EvalRun
+from s2w.data.trial import try_verifiers
 from s2w.errors import ConfigError
 from s2w.eval.grading import Grader
 from s2w.eval.problems import make_prompts, read_problems
 from s2w.eval.scores import EvalReport, make_report
-from s2w.launch.check import check_batches
+from s2w.launch.check import check_batches, check_engine, check_output, check_pool
 from s2w.launch.cluster import connected
+from s2w.launch.kept_responses import KeptResponses
+from s2w.launch.run_directory import trained_model
 from s2w.models.checkpoint import Checkpoint, ModelReference, read_checkpoint
 from s2w.models.modes import supported_modes
-from s2w.models.parallel import check_parallel
 from s2w.models.shards import check_weights
 from s2w.models.tokenizers import token_count
+from s2w.observe.progress import Progress
 from s2w.records import Mode, Request, Rollout
-from s2w.rollout.pool import RolloutPool
+from s2w.rollout.serving import serving
 from s2w.rollout.thinking import check_thinking_budget
 
-QUEUE_DEPTH = 2
-"""Requests sent to an engine for each that it can run at once: it never waits for the next one, and few queue in Ray,
-which warns of long queues of calls."""
+DECIDING = ("max_tokens", "temperature", "top_p", "top_k", "stop_thinking", "dtype")
+"""Settings of the engines that responses depend on."""
 
 
-def evaluate(run: EvalRun) -> EvalReport:
+def evaluate(run: EvalRun, *, quiet: bool = False) -> EvalReport:
     """Measures a checkpoint, prints the table and writes ``eval.output`` where that is set.
+
+    Args:
+        quiet: shows only warnings besides the table; how far it has come goes to standard error otherwise.
 
     Raises:
         ConfigError: bad input; nothing was started.
@@ -46,19 +54,11 @@ def evaluate(run: EvalRun) -> EvalReport:
     check_bounds(run)
     _check_samples(run)
     output = Path(run.eval.output) if run.eval.output else None
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"eval.output={output}: there is no directory {str(output.absolute().parent)!r}")
-    if output is not None and output.is_dir():
-        raise ConfigError(f"eval.output={output} is a directory: write the name of a file")
-    checkpoint = read_checkpoint(run.model, run.revision)
+    if output is not None:
+        check_output("eval.output", output)
+    checkpoint = read_checkpoint(trained_model(run.model), run.revision)
     check_weights(checkpoint)
-    check_parallel(
-        "rollout",
-        checkpoint.config,
-        tensor_parallel=run.rollout.tensor_parallel,
-        pipeline_parallel=run.rollout.pipeline_parallel,
-        expert_parallel=run.rollout.expert_parallel,
-    )
+    check_engine("rollout", run.rollout, checkpoint.config)
     problems = read_problems(run.eval)
     # No budget is a budget that cannot be reached: None would be the pool's own setting.
     unlimited = run.rollout.max_tokens
@@ -74,13 +74,25 @@ def evaluate(run: EvalRun) -> EvalReport:
             f"the longest prompt and rollout.max_tokens={run.rollout.max_tokens} are {length} tokens, more than the "
             f"model's context of {checkpoint.max_model_len}: write a smaller rollout.max_tokens"
         )
+    try_verifiers(request.prompt for request in requests)
+    kept = _kept(run, checkpoint, output, requests)
     log = output.with_suffix(".error.log") if output else Path(tempfile.gettempdir(), f"s2w-eval-{os.getpid()}.log")
-    with reported(log, lambda: "no report was written: run it again"):
-        with connected(run.cluster) as (device, resources):
-            _check_resources(run.rollout, device, resources)
-            rollouts = run_stoppable(_sample(run, checkpoint, device, length, requests))
+    with (
+        reported(lambda: log, lambda: _saved(kept)),
+        Progress({}, quiet=quiet, verbose=run.cluster.log_to_driver, stream=sys.stderr) as progress,
+    ):
+        if kept:
+            progress.say(f"{len(kept):,} of {len(requests):,} responses are in {kept.path}")
+        if kept.missing:
+            with connected(run.cluster) as (device, resources):
+                check_pool("rollout", run.rollout, device, resources)
+                try:
+                    run_stoppable(_sample(run, checkpoint, device, length, requests, kept, progress))
+                except KeyboardInterrupt:
+                    progress.warn(_saved(kept))
+                    raise
         with Grader(checkpoint.tokenizer) as grader:
-            graded = grader.grade(rollouts)
+            graded = grader.grade(kept.rollouts())
     rollout = run.rollout
     report = make_report(
         zip(budgets, graded, strict=True),
@@ -98,7 +110,27 @@ def evaluate(run: EvalRun) -> EvalReport:
     print(report.table())
     if output is not None:
         output.write_text(report.to_json() + "\n")
+    kept.delete()
     return report
+
+
+def _kept(run: EvalRun, checkpoint: Checkpoint, output: Path | None, requests: list[Request]) -> KeptResponses:
+    """What is there of an earlier start of the same evaluation."""
+    weights = sorted(file.stat() for file in checkpoint.path.glob("*.safetensors"))
+    settings = {
+        "model": [checkpoint.reference, run.revision, [[file.st_size, file.st_mtime_ns] for file in weights]],
+        "rollout": {name: getattr(run.rollout, name) for name in DECIDING},
+    }
+    if output is not None:
+        return KeptResponses(output.with_suffix(".responses.jsonl"), requests, settings)
+    name = hashlib.sha256(json.dumps([settings, asdict(run.eval)], sort_keys=True).encode()).hexdigest()[:16]
+    return KeptResponses(Path(tempfile.gettempdir(), f"s2w-eval-{name}.responses.jsonl"), requests, settings)
+
+
+def _saved(kept: KeptResponses) -> str:
+    if not kept:
+        return "no response was finished: run it again"
+    return f"{len(kept):,} responses are kept in {kept.path}, and the same command goes on from there"
 
 
 def _check_samples(run: EvalRun) -> None:
@@ -132,45 +164,38 @@ def _settings(run: EvalRun, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Mo
     return settings
 
 
-def _check_resources(config: RolloutConfig, device: str, resources: dict[str, float]) -> None:
-    """Raises ConfigError if the cluster is too small."""
-    needs = {"CPU": config.engines * config.cpus}
-    if device == "cuda":
-        needs["GPU"] = config.engines * config.tensor_parallel * config.pipeline_parallel
-    for resource, amount in needs.items():
-        if amount > (there := resources.get(resource, 0)):
-            raise ConfigError(
-                f"rollout.engines={config.engines} reserve {amount:g} {resource}s, but the cluster has {there:g}"
-            )
-
-
 async def _sample(
-    run: EvalRun, checkpoint: Checkpoint, device: str, length: int, requests: list[Request]
-) -> list[Rollout]:
-    """The responses, in the order of ``requests``."""
+    run: EvalRun,
+    checkpoint: Checkpoint,
+    device: str,
+    length: int,
+    requests: list[Request],
+    kept: KeptResponses,
+    progress: Progress,
+) -> None:
+    """Samples the responses that are missing."""
     config = run.rollout
-    pool = RolloutPool(
+    async with serving(
         config,
-        model=ModelReference.of(run.model, run.revision),
+        ModelReference.of(checkpoint.reference, run.revision),
+        name="rollout engine",
         device=device,
-        dtype=resolve_dtype(config.dtype, device),
         max_model_len=length,
         vocab_size=token_count(checkpoint.tokenizer),
-        candidates=0,
         stop_token_ids=checkpoint.eos_token_ids,
-    )
-    done = 0
+        cluster=run.cluster,
+    ) as pool:
+        await pool.start(0, run.cluster.start_timeout_s, progress)
+        missing = kept.missing
+        with progress.countdown("sampling", len(missing)) as count:
 
-    def count(request: Request, rollout: Rollout) -> None:
-        nonlocal done
-        done += 1
-        if sys.stderr.isatty():
-            print(f"\r{done}/{len(requests)} responses", end="\n" if done == len(requests) else "", file=sys.stderr)
+            def done(request: int, rollout: Rollout) -> None:
+                kept.add(request, rollout)
+                count.add(len(rollout.token_ids))
 
-    try:
-        await pool.start(0, run.cluster.start_timeout_s)
-        return await each(
-            requests, pool.generate, at_once=QUEUE_DEPTH * config.engines * config.max_sequences, done=count
-        )
-    finally:
-        await pool.shutdown()
+            await each(
+                missing,
+                lambda request: pool.generate(requests[request]),
+                at_once=QUEUE_DEPTH * config.engines * config.max_sequences,
+                done=done,
+            )

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,22 @@ from s2w.errors import ConfigError
 from s2w.eval.grading import Grader
 from s2w.launch import preflight
 from s2w.launch.check import off_policy, off_policy_prompts, on_policy
-from s2w.launch.job import CHECKPOINTS, OFF_POLICY_CHECKPOINTS, Job, start_learner
+from s2w.launch.checkpoint_texts import checkpoint_texts
+from s2w.launch.job import Job, start_learner
+from s2w.launch.model_card import Phase
+from s2w.launch.run_directory import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup
+from s2w.learner.saver import Saver
 from s2w.models.checkpoint import ModelReference
 from s2w.objectives.reliability import Reliability, reliability
 from s2w.observe.step_report import StepReporter
 from s2w.off_policy import OffPolicyController
 from s2w.records import Prompt, Scored
 from s2w.rollout.pool import RolloutPool
-from s2w.teacher.routing import Teachers
+from s2w.teacher.routing import Teachers, teacher_settings
 from s2w.teacher_data.batches import ResponseStream
+from s2w.teacher_data.ceiling import Ceiling
 from s2w.teacher_data.collect import TeacherResponses
 from s2w.weights.probe import probe_tokens
 
@@ -77,10 +83,12 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
                     job.models.vocabulary.vocab_size,
                     tokenizer=job.models.student.tokenizer,
                     context_tokens=job.context_tokens,
+                    on_fault=job.recorder.fault,
                 )
-                group.create_task(teachers.start(config.cluster.start_timeout_s))
+                group.create_task(teachers.start(config.cluster.start_timeout_s, progress))
         learner = starting.result()
         if last:
+            progress.now(f"loading the optimizer state of {last}")
             await learner.load(last)
         controller = OffPolicyController(
             off,
@@ -92,8 +100,7 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
             deterministic=config.run.deterministic,
             recorder=job.recorder,
             progress=progress,
-            checkpoints=checkpoints,
-            keep=config.loop.keep_checkpoints,
+            saver=phase_saver(job, "off_policy", learner, checkpoints, state["step"]),
             step=state["step"],
         )
         return ModelReference.of(str(await controller.run()))
@@ -108,6 +115,7 @@ async def run_on_policy(
     job: Job,
     student: ModelReference,
     teacher_responses: TeacherResponses,
+    ceiling: Ceiling,
     prompts: Sequence[Prompt],
     heldout: Sequence[Prompt],
     reporter: StepReporter,
@@ -124,6 +132,8 @@ async def run_on_policy(
     began = time.time()
     dtypes = {part: resolve_dtype(getattr(config, part).dtype, device) for part in ("teacher", "rollout", "learner")}
     progress.say(f"device {device}, " + ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items()))
+    if len(settings := teacher_settings(config)) > 1:
+        progress.say("teachers: " + ", ".join(f"{name} {teacher.model}" for name, teacher in settings.items()))
     objective = on_policy(config)
     given, max_model_len = None, models.max_model_len
     if share := off_policy_prompts(config.loop):
@@ -140,6 +150,7 @@ async def run_on_policy(
 
     # Before the parts start: the engines that generate use the same GPUs.
     trust = await teacher_reliability(config, teacher_responses)
+    await ceiling.measure()
     references = await preflight.write_references(job, heldout) if config.run.preflight == "log_probs" else []
     teachers = Teachers(
         config,
@@ -150,6 +161,7 @@ async def run_on_policy(
         context_tokens=job.context_tokens,
         sampled=objective.teacher_log_probs,
         reference=student if objective.needs_reference else None,
+        on_fault=job.recorder.fault,
     )
     rollouts = RolloutPool(
         config.rollout,
@@ -160,6 +172,8 @@ async def run_on_policy(
         vocab_size=models.vocabulary.vocab_size,
         candidates=config.signal.top_k if config.signal.kind == "ids" else 0,
         stop_token_ids=models.student.eos_token_ids,
+        cluster=config.cluster,
+        on_fault=job.recorder.fault,
     )
     learner: LearnerGroup | None = None
     grader = Grader(models.student.tokenizer)
@@ -167,8 +181,8 @@ async def run_on_policy(
         progress.say("starting teacher, rollout engines and learner ...")
         timeout = config.cluster.start_timeout_s
         async with asyncio.TaskGroup() as group:
-            group.create_task(teachers.start(timeout))
-            group.create_task(rollouts.start(step, timeout))
+            group.create_task(teachers.start(timeout, progress))
+            group.create_task(rollouts.start(step, timeout, progress))
             if config.run.preflight != "divergence":
                 starting = group.create_task(start_learner(config, student, job))
         if config.run.preflight == "divergence":
@@ -178,7 +192,9 @@ async def run_on_policy(
             learner = starting.result()
         await preflight.check_references(job, references, teachers, learner)
         if last:
+            progress.now(f"loading the optimizer state of {last}")
             await learner.load(last)
+            progress.now(None)
         controller = Controller(
             config.loop,
             deterministic=config.run.deterministic,
@@ -199,7 +215,7 @@ async def run_on_policy(
             probe_ids=probe_tokens([prompt.token_ids for prompt in heldout], models.max_model_len - 1),
             probe_tolerance=probe_tolerance(config, dtypes),
             step=step,
-            checkpoints=job.directory / CHECKPOINTS,
+            saver=phase_saver(job, "on_policy", learner, job.directory / CHECKPOINTS, step),
             on_batch=on_batch,
         )
         progress.say(f"all up after {time.time() - began:.0f} s")
@@ -209,6 +225,12 @@ async def run_on_policy(
         await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
         if learner is not None:
             learner.shutdown()
+
+
+def phase_saver(job: Job, phase: Phase, learner: LearnerGroup, directory: Path, step: int) -> Saver:
+    """Saves the updates of a phase, with a model card in each checkpoint."""
+    keep, texts = job.config.loop.keep_checkpoints, partial(checkpoint_texts, job, phase)
+    return Saver(learner, directory, keep, step, job.progress.say, texts)
 
 
 def off_policy_settings(config: Config) -> Config:

@@ -35,7 +35,7 @@ from s2w.models.modes import render
 from s2w.records import Prompt, Request, Rollout, Scored
 from s2w.rollout.pool import RolloutPool
 from s2w.teacher.routing import Teachers, routes, teacher_name, teacher_settings
-from s2w.teacher_data.generate import engine_settings
+from s2w.teacher_data.engines import engine_settings, generating_engines
 
 PROMPTS = 8
 """Held-out prompts that are used."""
@@ -186,25 +186,22 @@ async def write_references(job: Job, prompts: Sequence[Prompt]) -> list[Referenc
         if not taken:
             continue
         settings = replace(engine_settings(replace(config, teacher=teacher)), engines=1)
-        pool = RolloutPool(
+        job.progress.say(f"preflight: log-probs of {name} from a generating engine ...")
+        async with generating_engines(
+            config,
             settings,
-            model=ModelReference.of(teacher.model, teacher.revision),
+            ModelReference.of(teacher.model, teacher.revision),
             device=job.device,
-            dtype=resolve_dtype(settings.dtype, job.device),
             max_model_len=config.data.max_prompt_tokens + 1,
             vocab_size=job.models.vocabulary.vocab_size,
-            candidates=0,
             stop_token_ids=job.models.teacher.eos_token_ids,
-        )
-        job.progress.say(f"preflight: log-probs of {name} from a generating engine ...")
-        try:
-            await pool.start(0, config.cluster.start_timeout_s)
+            name=name,
+            watcher=job.progress,
+        ) as pool:
             for prompt in taken:
                 rollout = split(prompt)
                 [log_probs] = await pool.log_probs(rollout.input_ids)
                 references.append(Reference(rollout, log_probs[-len(rollout.token_ids) :]))
-        finally:
-            await pool.shutdown()
     return references
 
 

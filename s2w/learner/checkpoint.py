@@ -4,6 +4,7 @@
 
     checkpoints/
       step_000010/
+        README.md      the model card
         config.json, generation_config.json, model.safetensors (or shards and their index), tokenizer files
         optimizer/     DeepSpeed's files of every rank (weights, float32 master copy, moments) and RNG states
         state.json     step, shape of the learner group, and what the caller gave
@@ -19,7 +20,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from s2w.models.checkpoint import TEXT_FILES
@@ -29,8 +32,9 @@ if TYPE_CHECKING:
 
 STATE_FILE = "state.json"
 OPTIMIZER_DIR = "optimizer"
+NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 
-_MODEL_FILES = {"config.json", "generation_config.json", STATE_FILE}
+_OWN_FILES = {"config.json", STATE_FILE}
 _STEP_DIR = re.compile(r"step_\d{6,}")
 
 
@@ -48,19 +52,22 @@ def begin(root: Path, step: int) -> Path:
     return directory
 
 
-def commit(partial: Path, state: dict[str, Any], keep: int) -> Path:
+def commit(partial: Path, state: dict[str, Any], keep: int, texts: Mapping[str, str] = NO_TEXTS) -> Path:
     """Writes ``state.json``, gives the checkpoint its name, points ``latest`` to it, deletes all but the last ``keep``.
 
     Args:
         partial: what :func:`begin` returned, with every rank's files in it.
         state: JSON values.
         keep: checkpoints to keep, at least 1.
+        texts: further files by name; one that is there already is replaced.
 
     Returns:
         The checkpoint's directory.
     """
     root = partial.parent
     final = root / partial.name.removesuffix(".partial")
+    for name, text in texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
     (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
     if final.exists():
         _delete(final)
@@ -100,21 +107,15 @@ def read_state(directory: Path) -> dict[str, Any]:
     return json.loads((directory / STATE_FILE).read_text())
 
 
-def write_texts(directory: Path, model: PreTrainedModel, source: Path, chat_template: str | None = None) -> None:
-    """Writes configuration and generation configuration of ``model``; copies the tokenizer's files from ``source``.
+def write_texts(directory: Path, model: PreTrainedModel, source: Path) -> None:
+    """Writes the configuration of ``model``; copies generation configuration and tokenizer from ``source``.
 
-    The tokenizer's files are those of the checkpoint that the student started from, byte for byte; a given
-    ``chat_template`` replaces its own.
+    These are the files of the checkpoint that the student started from, byte for byte.
     """
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
     for pattern in TEXT_FILES:
         for path in source.glob(pattern):
-            if path.name not in _MODEL_FILES and not path.name.endswith(".index.json"):
+            if path.name not in _OWN_FILES and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, directory / path.name)
-    if chat_template is not None:
-        # The file takes precedence over a template in tokenizer_config.json.
-        (directory / "chat_template.jinja").write_text(chat_template)

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from s2w.actors.failures import PROCESS_DEATHS, reason
 from s2w.actors.hardware import cpu_environment, resolve_dtype
+from s2w.actors.stages import describe
+from s2w.actors.starting import Watcher, answering, watched
 from s2w.config.schema import Config
 from s2w.learner import checkpoint
 from s2w.learner.batching import MicroBatch, plan_micro_batches
@@ -106,7 +108,12 @@ class LearnerGroup:
 
     @classmethod
     async def start(
-        cls, config: Config, student: ModelReference, device: str, vocab_size: int, chat_template: str | None = None
+        cls,
+        config: Config,
+        student: ModelReference,
+        device: str,
+        vocab_size: int,
+        watcher: Watcher | None = None,
     ) -> LearnerGroup:
         """Places the ranks, loads the student and the teacher's head.
 
@@ -114,10 +121,11 @@ class LearnerGroup:
             student: the checkpoint to start from.
             device: cuda or cpu.
             vocab_size: ids that student and teacher share.
-            chat_template: for the student's checkpoints, in place of the one in ``student``.
+            watcher: shows what the ranks do meanwhile.
 
         Raises:
-            TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``.
+            TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``, or the ranks were
+                not up.
             LearnerError: a rank failed to start.
         """
         # DeepSpeed is imported here to name the actor's class, and only here: a refused run should not wait for it.
@@ -138,33 +146,39 @@ class LearnerGroup:
             ) from None
 
         ranks = [
-            ray.remote(LearnerRank)
+            answering(LearnerRank)
             .options(
                 num_cpus=learner.cpus,
                 num_gpus=learner.gpus if device == "cuda" else 0,
                 runtime_env={"env_vars": _environment(device)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
             )
-            .remote(rank, learner.ranks)
+            .remote(rank, learner.ranks, config.cluster.log_to_driver)
             for rank in range(learner.ranks)
         ]
         group = cls(config, device, ranks, placement)
         try:
-            async with asyncio.timeout(config.cluster.start_timeout_s):
-                await group._connect()
-                await group.build(student, vocab_size, chat_template)
+            async with watched("learner rank", dict(enumerate(ranks)), watcher) as stages:
+                try:
+                    async with asyncio.timeout(config.cluster.start_timeout_s):
+                        await group._connect()
+                        await group.build(student, vocab_size)
+                except TimeoutError:
+                    raise TimeoutError(
+                        f"the learner was not up after {config.cluster.start_timeout_s} s "
+                        f"({describe('learner rank', stages())}): give it more time (cluster.start_timeout_s)"
+                    ) from None
         except BaseException:
             group.shutdown()
             raise
         return group
 
-    async def build(self, student: ModelReference, vocab_size: int, chat_template: str | None = None) -> None:
+    async def build(self, student: ModelReference, vocab_size: int) -> None:
         """Rebuilds the engines from ``config``, with the weights of ``student`` and a fresh optimizer.
 
         Args:
             student: the checkpoint to start from.
             vocab_size: ids that student and teacher share.
-            chat_template: for the student's checkpoints, in place of the one in ``student``.
         """
         config = self.config
         self.vocab_size = vocab_size
@@ -178,7 +192,6 @@ class LearnerGroup:
             objective=objective,
             signal=config.signal.kind,
             student=student,
-            chat_template=chat_template,
             teachers=teachers,
             vocab_size=vocab_size,
             device=self.device,
@@ -318,12 +331,15 @@ class LearnerGroup:
     async def send_weights(self) -> None:
         await self._call("send_weights", lambda rank, _: rank.send_weights.remote())
 
-    async def save(self, root: Path, step: int, data: dict[str, Any], keep: int) -> Path:
+    async def save(
+        self, root: Path, step: int, data: dict[str, Any], keep: int, texts: Mapping[str, str] = checkpoint.NO_TEXTS
+    ) -> Path:
         """Writes the checkpoint after ``step`` optimizer steps under ``root``; see :mod:`s2w.learner.checkpoint`.
 
         Args:
             data: JSON values that :meth:`load` returns, such as the position in the data.
             keep: checkpoints to keep, this one included.
+            texts: further files of the checkpoint by name, in place of its own of that name.
 
         Returns:
             The checkpoint's directory.
@@ -332,7 +348,7 @@ class LearnerGroup:
         partial = await asyncio.to_thread(checkpoint.begin, root, step)
         await self._call("save", lambda rank, _: rank.save.remote(partial))
         state = {"step": step, "shape": self._shape(), "config_hash": self._config_hash(), "data": data}
-        return await asyncio.to_thread(checkpoint.commit, partial, state, keep)
+        return await asyncio.to_thread(checkpoint.commit, partial, state, keep, texts)
 
     async def load(self, directory: Path) -> tuple[int, dict[str, Any]]:
         """Continues from a checkpoint; call it before the first step.
@@ -384,12 +400,17 @@ class LearnerGroup:
         """
         await self.lock.acquire()
         calls = asyncio.create_task(self._on_all_ranks(what, call))
-        calls.add_done_callback(lambda _: self.lock.release())
+        calls.add_done_callback(self._ended)
         try:
             return await asyncio.shield(calls)
         except asyncio.CancelledError:
             asyncio.get_running_loop().call_later(ABANDONED_S, self._give_up, calls)
             raise
+
+    def _ended(self, call: asyncio.Task[list[Any]]) -> None:
+        self.lock.release()
+        if not call.cancelled():
+            call.exception()  # Of a call whose caller was cancelled nobody else asks for it.
 
     def _give_up(self, call: asyncio.Task[list[Any]]) -> None:
         """Ends ranks still in a call that nobody waits for, such as a collective without a partner."""
@@ -477,7 +498,10 @@ def _in_order(plan: list[list[MicroBatch]], reports: Sequence[dict[str, np.ndarr
     sums: dict[str, np.ndarray] = {}
     for name in dict.fromkeys(names):
         sums[name] = np.empty(len(order))
-        sums[name][order] = np.concatenate([report[name] for report in reports if report])
+        # As within a rank: 0 where an objective has nothing to say.
+        sums[name][order] = np.concatenate(
+            [report.get(name, np.zeros(len(report[DIVERGENCE.name]))) for report in reports if report]
+        )
     return sums
 
 

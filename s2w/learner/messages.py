@@ -38,8 +38,6 @@ class RankSpec:
     signal: SignalKind
     student: ModelReference
     """The checkpoint to start from."""
-    chat_template: str | None
-    """Goes into the student's checkpoints in place of the template in ``student``; None keeps that one."""
     teachers: dict[str, tuple[str, str | None]]
     """By name: hub id or path and revision of each teacher and of the reference; ``hidden`` needs their heads."""
     vocab_size: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,20 @@ class Saver:
         keep: checkpoints that stay on disk.
         step: updates that the learner's weights have already had (resume).
         say: prints a line.
+        texts: what else is written into the checkpoint of a step, by file name.
     """
 
     def __init__(
-        self, learner: LearnerGroup, directory: Path, keep: int, step: int, say: Callable[[str], None]
+        self,
+        learner: LearnerGroup,
+        directory: Path,
+        keep: int,
+        step: int,
+        say: Callable[[str], None],
+        texts: Callable[[int], Mapping[str, str]],
     ) -> None:
-        self._learner, self._directory, self._keep, self._say = learner, directory, keep, say
+        self.directory = directory
+        self._learner, self._keep, self._say, self._texts = learner, keep, say, texts
         self._saved = step
 
     @uninterrupted
@@ -31,7 +39,7 @@ class Saver:
         """Writes the checkpoint after ``step`` updates, with ``data``, unless it is there."""
         if step == self._saved:
             return
-        path = await self._learner.save(self._directory, step, data, self._keep)
+        path = await self._learner.save(self.directory, step, data, self._keep, self._texts(step))
         self._saved = step
         self._say(f"saved {path}")
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from s2w.actors import stages
 from s2w.config.schema import LossConfig
 from s2w.learner.metrics import AGREEMENT, DIVERGENCE, REFERENCE_KL, STUDENT_ENTROPY, TEACHER_ENTROPY
 from s2w.learner.signal_bias import signal_bias
@@ -195,7 +196,9 @@ def load_student(path: Path, dtype: torch.dtype, attention: str, zero3: dict[str
         model = AutoModelForCausalLM.from_config(config, **source)
     model.tie_weights()
     weights = whole.state_dict() if whole is not None else {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    tensors = model.state_dict(keep_vars=True)
+    for number, (name, tensor) in enumerate(tensors.items(), 1):
+        stages.enter("distributing weights", f"tensor {number} of {len(tensors)}")
         if isinstance(tensor, nn.Parameter):
             with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0), torch.no_grad():
                 if rank == 0:
@@ -204,6 +207,4 @@ def load_student(path: Path, dtype: torch.dtype, attention: str, zero3: dict[str
             if rank == 0:
                 tensor.copy_(weights[name])
             torch.distributed.broadcast(tensor, 0)
-    if whole is not None:
-        model.generation_config = whole.generation_config
     return model

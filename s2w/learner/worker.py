@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,15 @@ import deepspeed
 import numpy as np
 import ray
 import torch
+from deepspeed.utils.logging import set_log_level_from_string
 from torch import nn
 from torch.distributed import ReduceOp
 
+from s2w.actors import bars, stages
 from s2w.actors.hardware import core_count
-from s2w.config.schema import LearnerConfig
+from s2w.actors.stages import Stage
 from s2w.learner import checkpoint
+from s2w.learner.deepspeed_settings import deepspeed_settings
 from s2w.learner.messages import (
     MicroBatchWork,
     NonFiniteError,
@@ -48,10 +50,6 @@ from s2w.weights.transfer import Update, create_transfer
 _RANKS = "ranks"
 """DeepSpeed's tag: the directory with the files of every rank."""
 
-BUCKET_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Gradient elements that the ranks reduce at once, by device: enough for a message to be worth sending. DeepSpeed takes
-8 bytes for each (the gradient, a flat copy of it, that in float32); with its default, 5e8, a small model's gradients
-would all be held three times. A larger parameter is reduced by itself."""
 NORM_ELEMENTS = 1 << 20
 """Gradient elements of which the norm is taken at once, in float64."""
 
@@ -71,15 +69,25 @@ class LearnerRank:
     - for a checkpoint, a shard of at most 5 GiB (rank 0).
 
     In float32 it is 20 at stage 0 (16, and the flat copy in which DeepSpeed reduces gradients) and 21 at stage 2.
+
+    Args:
+        rank: its number among the ``world`` ranks.
+        verbose: DeepSpeed logs at level INFO.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    def __init__(self, rank: int, world: int, verbose: bool = False) -> None:
+        stages.open_board()
+        bars.report()
+        set_log_level_from_string("info" if verbose else "warning")
         self.rank, self.world = rank, world
         # Set by build, which every later call needs.
         self.engine: Any = None
         self.lm: Any = None
         self.transfer: Any = None
+
+    def stage(self) -> Stage:
+        """What it does while it starts; see :mod:`s2w.actors.starting`."""
+        return stages.current()
 
     def place(self) -> tuple[str, str, int, int]:
         """Node id, address of the node, a free port, cores that this process may use."""
@@ -95,6 +103,7 @@ class LearnerRank:
             address: rank 0's.
             threads: for this rank's CPU kernels.
         """
+        stages.enter("joining the process group")
         torch.set_num_threads(threads)
         # Ray shows a rank only its own GPU.
         os.environ |= {
@@ -123,12 +132,14 @@ class LearnerRank:
         settings = deepspeed_settings(learner, spec.dtype, spec.device)
 
         self.student_path = spec.student.resolve()
+        stages.enter("loading weights")
         zero3 = settings if learner.zero_stage == 3 else None
         self.lm = load_student(self.student_path, getattr(torch, spec.dtype), learner.attention, zero3)
         if learner.activation_checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         model = StudentModel(self.lm, spec.loss, divergence_of(spec.loss), spec.vocab_size)
 
+        stages.enter("building the optimizer")
         optimizer = torch.optim.AdamW(
             parameter_groups(self.lm, learner.weight_decay),
             lr=learner.learning_rate,
@@ -146,9 +157,11 @@ class LearnerRank:
         self.teacher_heads: dict[str, Head] = {}
         if spec.signal == "hidden" and spec.objective.signals:
             for name in spec.teachers:
+                stages.enter(f"loading the head of {name}")
                 self._teacher_head(name)
         stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
         self.transfer = create_transfer(spec.device, stream, self.rank)
+        stages.enter(stages.UP)
 
     def step(
         self,
@@ -202,7 +215,14 @@ class LearnerRank:
         sums: dict[str, np.ndarray] = {}
         if refusal is None and weighted:
             samples = [sample for item in weighted for sample in item.samples]
-            sums = {name: sample_sums(samples, torch.cat([one[name] for one in metrics])) for name in metrics[0]}
+            # A metric of the objective's may be there only where it has something to say.
+            names = dict.fromkeys(name for one in metrics for name in one)
+            sums = {
+                name: sample_sums(
+                    samples, torch.cat([one.get(name, torch.zeros_like(one[DIVERGENCE.name])) for one in metrics])
+                )
+                for name in names
+            }
             refusal = self._non_finite(step, weighted, sums[DIVERGENCE.name])
         try:
             self._raise_together(refusal)
@@ -329,7 +349,7 @@ class LearnerRank:
             if not isinstance(tensor, nn.Parameter)
         )
         write_weights(directory, chain(stream, buffers))
-        checkpoint.write_texts(directory, self.lm, self.student_path, self.spec.chat_template)
+        checkpoint.write_texts(directory, self.lm, self.student_path)
 
     def load(self, directory: Path) -> None:
         """Continues from a checkpoint; before the first step, since DeepSpeed loads only into a fresh engine;
@@ -463,33 +483,6 @@ class LearnerRank:
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state()
         return state
-
-
-def deepspeed_settings(learner: LearnerConfig, dtype: str, device: str) -> dict[str, Any]:
-    """DeepSpeed's configuration: gradients accumulate over any number of micro-batches, in float32.
-
-    Raises:
-        ValueError: bfloat16 at stage 0, where DeepSpeed would accumulate gradients in bfloat16.
-    """
-    if learner.zero_stage == 0 and dtype == "bfloat16":
-        raise ValueError("learner.zero_stage=0 with bfloat16 would accumulate gradients in bfloat16: use stage 1")
-    return {
-        # Micro-batches differ in size and number: the learner scales the loss and ends the accumulation itself.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "steps_per_print": None,
-        "gradient_clipping": learner.max_grad_norm if learner.zero_stage > 0 else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": learner.zero_stage,
-            "reduce_bucket_size": BUCKET_ELEMENTS[device],
-            "overlap_comm": device == "cuda" and learner.zero_stage >= 2,
-        },
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-    }
 
 
 def norm_in_pieces(optimizer: Any) -> None:

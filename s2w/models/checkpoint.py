@@ -13,10 +13,14 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from s2w.actors import bars, stages
 from s2w.errors import ConfigError
+from s2w.models.modes import end_of_turn
 
 TEXT_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 """Hub files that hold configuration, tokenizer and chat template."""
+CARD_FILE = "README.md"
+"""The model card: metadata as YAML front matter, and Markdown."""
 WEIGHT_FILES = ["*.safetensors"]
 HUB_ANSWER_S = 10
 """Seconds that the hub may take to accept a connection."""
@@ -33,7 +37,8 @@ class Checkpoint:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: tuple[int, ...]
-    """Ids that end a response: those of generation_config.json, else the tokenizer's."""
+    """Ids that end a response: the one that the chat template puts after it, and those of generation_config.json,
+    else the tokenizer's."""
 
     @property
     def max_model_len(self) -> int | None:
@@ -84,13 +89,15 @@ def resolve_path(reference: str, revision: str | None = None, weights: bool = Fa
             f"No checkpoint directory at {str(path.absolute())!r}: write a directory that holds config.json, "
             "or a hub id such as 'Qwen/Qwen3-0.6B'"
         )
+    stages.enter(f"downloading {reference}")
     try:
         return Path(
             snapshot_download(
                 reference,
                 revision=revision,
-                allow_patterns=TEXT_FILES + (WEIGHT_FILES if weights else []),
+                allow_patterns=[*TEXT_FILES, CARD_FILE, *(WEIGHT_FILES if weights else [])],
                 local_files_only=not hub_answers(),
+                tqdm_class=bars.downloads(reference),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -143,6 +150,6 @@ def _eos_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    stated = eos if isinstance(eos, list) else [eos]
+    # A base model states the end of a document, and may have a chat template all the same.
+    return tuple(dict.fromkeys(i for i in (end_of_turn(tokenizer), *stated) if i is not None))

@@ -6,6 +6,8 @@ import torch
 
 LOG_ZERO = -1e30
 """The log-prob of an impossible token: finite, so that ``0 * (log p - log q)`` is 0 and never NaN."""
+LOGITS_BYTES = 128 * 2**20
+"""Size of the float32 [rows, vocabulary shard] buffer that a row chunk of the teacher's pooler may fill."""
 _BLOCK = 16_384
 """CPU: rows of the head that are in float32 at a time."""
 

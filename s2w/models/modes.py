@@ -74,6 +74,22 @@ def opens_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     return prompt.rstrip().endswith(THINK_OPEN)
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the special token that the chat template puts after an assistant's message; None if it puts none there."""
+    if tokenizer.chat_template is None:
+        return None
+    marker = "The last words of a turn."
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+    try:
+        text = _apply(tokenizer, messages, {}, generating=False)
+    except ConfigError:
+        return None
+    after = text.rpartition(marker)[2].lstrip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    known = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
+
+
 def supported_modes(tokenizer: PreTrainedTokenizerBase) -> tuple[Mode, ...]:
     """Modes that the chat template can ask for: both, or the only one of a template without the switch."""
     if has_thinking_switch(tokenizer):
@@ -86,6 +102,11 @@ def soft_switch(messages: Sequence[Message]) -> Mode | None:
     asking = (message["content"] for message in messages if message["role"] in ("user", "system"))
     found: list[Mode] = [match for content in asking for match in SOFT_SWITCH.findall(content)]
     return found[-1] if found else None
+
+
+def without_soft_switch(text: str) -> str:
+    """A message's text without ``/think`` and ``/no_think``."""
+    return SOFT_SWITCH.sub("", text)
 
 
 def render(
@@ -134,12 +155,14 @@ def adheres(response: ParsedResponse, mode: Mode) -> bool:
     return response.closed and response.thought == (mode == "think")
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any], generating: bool = True
+) -> str:
     if tokenizer.chat_template is None:
         raise ConfigError(f"The tokenizer of {tokenizer.name_or_path!r} has no chat template")
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True, **kwargs
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=generating, **kwargs
         )
     except TemplateError as error:
         raise ConfigError(f"The chat template rejects the messages: {str(error).rstrip('.')}") from error

@@ -80,7 +80,7 @@ def check_parallel(
                 f"{section}.tensor_parallel={tensor_parallel} does not divide the {count} {what} of the model"
             )
 
-    if experts and not expert_parallel and (block := _quantization_block(text_config)):
+    if experts and not expert_parallel and (block := quantization_block(text_config)):
         share = expert_width // tensor_parallel
         if not _experts_fit(share, tensor_parallel, block, size("hidden_size")):
             raise ConfigError(
@@ -90,7 +90,7 @@ def check_parallel(
             )
 
 
-def _quantization_block(config: PretrainedConfig) -> tuple[int, int] | None:
+def quantization_block(config: PretrainedConfig) -> tuple[int, int] | None:
     """Rows and columns that share a scale in a block-quantized FP8 checkpoint."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging
 
 from s2w.config.schema import StudentConfig
 from s2w.errors import ConfigError
@@ -171,6 +173,27 @@ def _kept_tensors(files: list[Path], new_index: dict[int, int]) -> Iterator[tupl
 
 def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path, seed: int) -> None:
     base = _text_config(student)
+    config = fresh_config(base, overrides)
+    source = read_checkpoint(student.model, student.revision)
+    tokens = token_count(source.tokenizer)
+    if config.vocab_size < tokens:
+        raise ConfigError(
+            f"student.overrides: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokens} tokens"
+        )
+    with _valid_overrides(base), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with _no_bars():
+        model.to(base.dtype or torch.float32).save_pretrained(target)
+    _copy_text_files(source.path, target)
+
+
+def fresh_config(base: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
+    """``base`` with the fields ``overrides``.
+
+    Raises:
+        ConfigError: it has no such field, or the values do not go together.
+    """
     fields = base.to_dict()
     for name in overrides:
         if name not in fields:
@@ -184,23 +207,27 @@ def _write_fresh(student: StudentConfig, overrides: dict[str, Any], target: Path
         for name in [n for n, v in fields.items() if isinstance(v, list) and len(v) == base.num_hidden_layers]:
             if "layer" in name:
                 del fields[name]
-    fields |= overrides
-    source = read_checkpoint(student.model, student.revision)
-    tokens = token_count(source.tokenizer)
-    if fields["vocab_size"] < tokens:
-        raise ConfigError(
-            f"student.overrides: vocab_size {fields['vocab_size']} is smaller than the tokenizer's {tokens} tokens"
-        )
+    with _valid_overrides(base):
+        return type(base).from_dict(fields | overrides)
+
+
+@contextmanager
+def _valid_overrides(base: PretrainedConfig) -> Iterator[None]:
     try:
-        config = type(base).from_dict(fields)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        yield
     except (StrictDataclassError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"student.overrides do not give a valid {base.model_type} model: {reason}") from error
-    model.to(base.dtype or torch.float32).save_pretrained(target)
-    _copy_text_files(source.path, target)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars; those of downloads stay."""
+    before = logging.set_tqdm_hook(lambda make, args, kwargs: make(*args, **kwargs | {"disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _text_config(student: StudentConfig) -> PretrainedConfig:

@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from s2w.eval.grading import Graded
@@ -14,7 +15,8 @@ from s2w.eval.scores import mean_metrics, mode_scores
 from s2w.learner.group import LearnerStep
 from s2w.learner.metrics import GRAD_NORM, LEARNING_RATE, LEFT_OUT, LOSS, SKIPPED
 from s2w.metric import define
-from s2w.observe.timeline import Stage, Timeline, merge, seconds
+from s2w.observe import jsonl
+from s2w.observe.timeline import Interval, Stage, Timeline, merge, seconds
 from s2w.records import Scored
 from s2w.weights.probe import ProbeResult
 from s2w.weights.publish import SwapReport
@@ -84,9 +86,6 @@ class StepReporter:
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
         self._began = time.time()
-        self._tokens: Counter[str] = Counter()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._swaps: list[tuple[float, float]] = []
 
     def begin(self) -> None:
         """A step starts now."""
@@ -124,7 +123,6 @@ class StepReporter:
             swap, probe = swapped
             pause_ms, probe_error = swap.pause_ms, probe.mean
             self._worked("swap", [(0, times.swapping, times.swapping + swap.total_ms / 1e3)], step)
-            self._swaps.append((pause_ms, probe_error))
         ages = [(step - 1 - span.version, span.stop - span.start) for r in rollouts for span in r.versions]
         finish = Counter(rollout.finish_reason for rollout in own)
         return {
@@ -154,15 +152,6 @@ class StepReporter:
             "phase": "on_policy",
         }
 
-    def totals(self) -> dict[str, Any]:
-        """``tokens_per_second`` by stage, ``swap_ms`` (median) and ``probe_error`` (largest) over the steps so far."""
-        pauses = sorted(pause for pause, _ in self._swaps)
-        return {
-            RATES.name: {stage: self._tokens[stage] / spent for stage, spent in self._seconds.items() if spent},
-            SWAP_MS.name: pauses[len(pauses) // 2] if pauses else None,
-            PROBE_ERROR.name: max((error for _, error in self._swaps), default=None),
-        }
-
     def _rates(self, step: int, samples: Sequence[Scored], update: LearnerStep, times: StepTimes) -> dict[str, float]:
         """Tokens per second, by stage."""
         own = [sample.rollout for sample in samples if sample.rollout.versions]
@@ -180,9 +169,6 @@ class StepReporter:
             "learn": [(0, times.learning, times.learning + update.seconds)],
         }
         spent = {stage: self._worked(stage, intervals, step) for stage, intervals in work.items()}
-        for stage, duration in spent.items():
-            self._tokens[stage] += tokens[stage]
-            self._seconds[stage] += duration
         return {stage: tokens[stage] / duration if duration else 0.0 for stage, duration in spent.items()}
 
     def _worked(self, stage: Stage, intervals: list[tuple[int, float, float]], step: int) -> float:
@@ -194,6 +180,33 @@ class StepReporter:
             interval for actor, own in by_actor.items() for interval in self.timeline.add(stage, actor, own, step)
         ]
         return seconds(merge(merged))
+
+
+def totals(steps: Sequence[Line], timeline: Path) -> dict[str, Any]:
+    """``tokens_per_second`` by stage, ``swap_ms`` (median) and ``probe_error`` (largest) over steps.
+
+    Args:
+        steps: their lines, those of a resumed run from before it was interrupted too.
+        timeline: the file with the work of every actor in them.
+    """
+    work: defaultdict[tuple[str, int], list[Interval]] = defaultdict(list)
+    for line in jsonl.read(timeline):
+        work[line["stage"], line["step"]].append((line["start"], line["stop"]))
+    tokens: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
+    for line in steps:
+        for stage, rate in line[RATES.name].items():
+            busy = seconds(merge(work[stage, line["step"]]))
+            tokens[stage] += rate * busy
+            spent[stage] += busy
+    pauses, errors = (
+        sorted(line[name] for line in steps if not math.isnan(line[name])) for name in (SWAP_MS.name, PROBE_ERROR.name)
+    )
+    return {
+        RATES.name: {stage: tokens[stage] / busy for stage, busy in spent.items() if busy},
+        SWAP_MS.name: pauses[len(pauses) // 2] if pauses else None,
+        PROBE_ERROR.name: errors[-1] if errors else None,
+    }
 
 
 def off_policy_line(step: int, samples: Sequence[Scored], update: LearnerStep, *, epoch: float, spent: float) -> Line:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,13 @@ from matplotlib.ticker import MaxNLocator
 
 from s2w.observe.timeline import STAGES, Stage
 from s2w.records import Mode
-from s2w.report.comparison import KL, SHARES, Metric, estimate
+from s2w.report.comparison import KL, SHARES, Metric, estimate, estimate_at
 from s2w.report.lanes import Lanes
 from s2w.report.run import Run, series
 
 BLUE, ORANGE, GREEN, PURPLE, VERMILION, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#222222"
 MODE_COLOURS: dict[Mode, str] = {"think": BLUE, "no_think": VERMILION}
+RUN_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, BLACK)
 STAGE_COLOURS: dict[Stage, str] = dict(zip(STAGES, (BLUE, ORANGE, GREEN, PURPLE), strict=True))
 IDLE = "#f0f0f0"
 STYLE: Any = {
@@ -88,7 +91,7 @@ def kl_picture(run: Run) -> Picture | None:
         return None
     titles = {"forward_kl": "forward, KL(teacher‖student)", "reverse_kl": "reverse, KL(student‖teacher)"}
     figure, axes = _panels(1, len(known), 3.3)
-    versions = [one.version for one in run.heldout]
+    versions = _versions(run)
     for axis, metric in zip(axes, known, strict=True):
         modes: list[Mode | None] = [None, *(run.modes if len(run.modes) > 1 else [])]
         for mode in modes:
@@ -116,6 +119,7 @@ def quality_picture(run: Run) -> Picture | None:
         "accuracy": "accuracy (pass@1)",
         "mode_adherence": "mode adherence",
         "truncated": "cut off at the token limit",
+        "repetitive": "repetitive",
     }
     known = [
         metric for metric in SHARES if any(metric in scores for line in graded for scores in line["by_mode"].values())
@@ -126,6 +130,9 @@ def quality_picture(run: Run) -> Picture | None:
     versions = series(graded, "version")
     for axis, metric in zip(axes, known, strict=True):
         for mode in run.modes:
+            own = [one for one in run.teacher_responses if one.mode == mode]
+            if (ceiling := estimate(own, metric)) is not None:
+                axis.axhline(ceiling.value, color=MODE_COLOURS[mode], linestyle=":", linewidth=1.2)
             training = series(run.steps, "by_mode", mode, metric)
             if np.isfinite(training).any():
                 axis.plot(series(run.steps, "step"), training, color=MODE_COLOURS[mode], alpha=0.3, linewidth=1)
@@ -142,9 +149,43 @@ def quality_picture(run: Run) -> Picture | None:
         axis.set_ylim(-0.03, 1.03)
         _legend(axis)
     caption = "Held-out prompts; faint lines are the training batches."
+    if run.teacher_responses:
+        caption += " Dotted: the teacher's own responses."
     if run.responses:
         caption += " Bars are 95 % Wilson intervals over prompts."
     return _picture("quality", "Accuracy and mode adherence", caption, figure)
+
+
+def runs_picture(runs: Sequence[Run], labels: Sequence[str]) -> Picture | None:
+    """Held-out KL and accuracy of several runs over their versions, in one figure; None if none was evaluated."""
+    metrics: dict[Metric, str] = {
+        "accuracy": "accuracy (pass@1), all modes",
+        "forward_kl": "forward KL, nats/token",
+        "reverse_kl": "reverse KL, nats/token",
+    }
+    points = {metric: [[estimate_at(run, one, metric) for one in run.heldout] for run in runs] for metric in metrics}
+    known = [metric for metric in metrics if any(one is not None for own in points[metric] for one in own)]
+    if not known:
+        return None
+    with rc_context(STYLE):
+        figure, axes = _panels(1, len(known), 3.6)
+        for axis, metric in zip(axes, known, strict=True):
+            for run, label, own, colour in zip(runs, labels, points[metric], cycle(RUN_COLOURS), strict=False):
+                versions = _versions(run)
+                values, low, high = (
+                    [getattr(one, name) if one else np.nan for one in own] for name in ("value", "low", "high")
+                )
+                axis.plot(versions, values, "o-", color=colour, label=label, markersize=4)
+                axis.fill_between(versions, low, high, color=colour, alpha=0.12, linewidth=0)
+                if metric == "accuracy" and (ceiling := estimate(run.teacher_responses, metric)) is not None:
+                    axis.axhline(ceiling.value, color=colour, linestyle=":", linewidth=1.2)
+            axis.set(title=metrics[metric], xlabel="policy version (updates)")
+            axis.set_ylim(bottom=-0.03 if metric == "accuracy" else 0)
+        axes[0].legend()
+        caption = "Held-out prompts of each run, with 95 % intervals."
+        if any(run.teacher_responses for run in runs):
+            caption += " Dotted: the accuracy of the run's teacher."
+        return _picture("runs", "Held-out evaluations of all runs", caption, figure)
 
 
 def training_picture(run: Run) -> Picture | None:
@@ -352,6 +393,11 @@ def lanes_picture(lanes: Lanes) -> Picture:
         ],
     }
     return _picture("lanes", "Where the time went", caption, figure, hover)
+
+
+def _versions(run: Run) -> np.ndarray:
+    """Of the held-out evaluations, float64 [evaluations]."""
+    return np.asarray([one.version for one in run.heldout], np.float64)
 
 
 def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:

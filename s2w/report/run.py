@@ -14,9 +14,9 @@ from yaml import YAMLError
 
 from s2w.errors import ConfigError
 from s2w.metric import METRICS, Metric
-from s2w.observe.recorder import DEFINITIONS
+from s2w.observe.recorder import DEFINITIONS, SEGMENTS, TEACHER
 from s2w.observe.timeline import Stage
-from s2w.records import Heldout, HeldoutResponse, HeldoutSample, Mode, OffPolicyHeldout
+from s2w.records import Fault, Heldout, HeldoutResponse, HeldoutSample, Mode, OffPolicyHeldout
 
 Record = TypeVar("Record")
 Line = dict[str, Any]
@@ -37,6 +37,16 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """One start of the run, as ``segments.json`` holds it."""
+
+    began: float
+    """Wall-clock seconds (``time.time``)."""
+    until: float
+    """When it last wrote something: its end, or a moment before it was killed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A run directory's content; a part that the run did not get to is empty."""
 
@@ -51,20 +61,38 @@ class Run:
     heldout: list[Heldout]
     responses: list[HeldoutResponse]
     samples: list[HeldoutSample]
+    teacher_responses: list[HeldoutResponse]
+    """The teacher's own responses to the held-out prompts; empty if it was not asked."""
+    teacher_samples: list[HeldoutSample]
     off_policy_heldout: list[OffPolicyHeldout]
     filters: dict[str, Any] | None
     """:meth:`s2w.teacher_data.filters.Filtered.table`."""
     timeline: list[Work]
     metrics: dict[str, Metric]
     """Definitions of its metrics by name; those of this version of s2w where the run kept none."""
-    wall_seconds: float | None
-    """From the last start of the run to its end; None if it never ended."""
+    faults: list[Fault]
+    """What died or hung, and what became of it."""
+    segments: list[Segment]
+    """Every start of the run; empty for a run of s2w 0.2."""
+    summary: dict[str, Any] | None
+    """``summary.json`` of the last start that got to its end; None if none did."""
 
     @property
     def finished(self) -> bool:
         """Whether the run has done what it was asked for. A run being continued still has its first summary."""
         done = self.steps[-1]["step"] if self.steps else 0
-        return self.wall_seconds is not None and done >= self.config["loop"]["steps"]
+        return self.summary is not None and done >= self.config["loop"]["steps"]
+
+    @property
+    def name(self) -> str:
+        return str(self.config["run"]["name"])
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Time over all starts; of a run of s2w 0.2 from its last start to its end, None if it never ended."""
+        if self.segments:
+            return sum(one.until - one.began for one in self.segments)
+        return self.summary["wall_seconds"] if self.summary else None
 
     @property
     def modes(self) -> list[Mode]:
@@ -77,7 +105,7 @@ class Run:
         """``version`` and ``by_mode`` of each held-out evaluation."""
         return [{"version": one.version, "by_mode": one.by_mode} for one in self.heldout]
 
-    def responses_at(self, version: int, mode: Mode | None = None) -> list[HeldoutResponse]:
+    def responses_at(self, version: int | None, mode: Mode | None = None) -> list[HeldoutResponse]:
         """Held-out responses of a version, in one mode or all."""
         return [one for one in self.responses if one.version == version and mode in (None, one.mode)]
 
@@ -96,11 +124,15 @@ def read_run(directory: Path) -> Run:
         config: Any = OmegaConf.to_container(OmegaConf.create(text))
     except YAMLError as error:
         raise ConfigError(f"{str(directory / 'config.yaml')!r} is not YAML: {error}") from error
-    if not isinstance(config, dict) or not {"loop", "loss", "off_policy", "run", "student", "teacher"} <= config.keys():
+    if (
+        not isinstance(config, dict)
+        or not {"loop", "loss", "off_policy", "rollout", "run", "student", "teacher"} <= config.keys()
+    ):
         raise ConfigError(f"{str(directory / 'config.yaml')!r} is not the configuration of a run")
     steps = list(_lines(directory / "metrics.jsonl", ("phase", "step")))
     filters = _json(directory / "off_policy" / "filters.json")
-    summary = _json(directory / "summary.json")
+    ceiling = directory / TEACHER
+    measured = bool(_records(ceiling / "heldout.jsonl", Heldout))
     return Run(
         directory=directory,
         config=config,
@@ -111,11 +143,15 @@ def read_run(directory: Path) -> Run:
         heldout=_records(directory / "heldout.jsonl", Heldout),
         responses=_records(directory / "heldout_responses.jsonl", HeldoutResponse),
         samples=_records(directory / "samples.jsonl", HeldoutSample),
+        teacher_responses=_records(ceiling / "heldout_responses.jsonl", HeldoutResponse) if measured else [],
+        teacher_samples=_records(ceiling / "samples.jsonl", HeldoutSample) if measured else [],
         off_policy_heldout=_records(directory / "off_policy" / "heldout.jsonl", OffPolicyHeldout),
         filters=filters,
         timeline=_records(directory / "timeline.jsonl", Work),
         metrics=_metrics(directory / DEFINITIONS),
-        wall_seconds=summary["wall_seconds"] if summary else None,
+        faults=_records(directory / "events.jsonl", Fault),
+        segments=[Segment(**one) for one in _json(directory / SEGMENTS) or []],
+        summary=_json(directory / "summary.json"),
     )
 
 

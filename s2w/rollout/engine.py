@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from s2w.actors import stages
+from s2w.actors.stages import Stage
 from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death
 from s2w.config.schema import RolloutConfig
 from s2w.data.tasks import derive_seed
 from s2w.errors import RequestRefusedError
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Request, Rollout, VersionSpan
+from s2w.records import Request, Rollout, Sampling, VersionSpan
 from s2w.rollout.thinking import ThinkingStop
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class _Draft:
     budget: int | None
     """Tokens after which an open think block is closed."""
     started: float
+    watch: Callable[[np.ndarray], None] | None = None
+    """Called with the tokens so far, int32 [n], whenever there are more."""
     finished: float = 0.0
     parts: list[_Part] = field(default_factory=list)
 
@@ -122,11 +126,19 @@ class RolloutEngine:
         candidates: int,
         stop_token_ids: tuple[int, ...],
     ) -> None:
+        stages.open_board()
         self.config, self.index, self.candidates = config, index, candidates
         self.stop_token_ids = stop_token_ids
         self.max_model_len = max_model_len
+        self._checkpoint, self._device, self._dtype, self._vocab_size = model, device, dtype, vocab_size
+        self._requests = count()
+
+    async def start(self, version: int) -> None:
+        """Loads the model as policy ``version``; returns when the engine takes requests."""
+        config, device = self.config, self._device
         world = config.tensor_parallel * config.pipeline_parallel
         options = prepare_process(device, world, config.threads, config.kv_cache_gib)
+        stages.enter("importing vLLM")
 
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
@@ -140,40 +152,42 @@ class RolloutEngine:
         if device == "cpu":
             # vLLM's CPU runner cannot rewind a request's seeded generator when it splits a prefill, so a batch
             # must hold the longest sequence whole.
-            batched = max(batched or 2048, max_model_len)
+            batched = max(batched or 2048, self.max_model_len)
             options["enable_chunked_prefill"] = False
+        path = self._checkpoint.resolve()
+        stages.enter("starting vLLM")
         self.llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=str(model.resolve()),
-                dtype=dtype,  # type: ignore[arg-type]  # a Literal of vLLM's
+                model=str(path),
+                dtype=self._dtype,  # type: ignore[arg-type]  # a Literal of vLLM's
                 tensor_parallel_size=config.tensor_parallel,
                 pipeline_parallel_size=config.pipeline_parallel,
                 enable_expert_parallel=config.expert_parallel,
-                max_model_len=max_model_len,
+                max_model_len=self.max_model_len,
                 max_num_seqs=config.max_sequences,
                 max_num_batched_tokens=batched,
                 gpu_memory_utilization=config.gpu_memory_utilization,
                 enforce_eager=config.enforce_eager,
                 scheduling_policy="priority",  # Only probes have one; all else is first come, first served.
                 enable_prefix_caching=True,
-                max_logprobs=max(20, candidates),
+                max_logprobs=max(20, self.candidates),
                 # Log-probs of the distribution that was sampled from: after temperature, top-p and top-k.
                 logprobs_mode="processed_logprobs",
-                additional_config=engine_option(vocab_size),
+                additional_config=engine_option(self._vocab_size),
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFERS[device].backend),
                 disable_log_stats=True,
-                use_tqdm_on_load=False,
                 **options,
             )
         )
         self.weights = EngineWeights(self.llm)
-        self._requests = count()
-
-    async def start(self, version: int) -> None:
-        """Marks the loaded weights as policy ``version``; returns when the engine takes requests."""
         fail_with_engine_core(self.llm)
         with telling_engine_death(self.llm):
             await self.llm.update_weight_version(str(version))
+        stages.enter(stages.UP)
+
+    async def stage(self) -> Stage:
+        """What it does while it starts; see :mod:`s2w.actors.starting`."""
+        return stages.current()
 
     @cached_property
     def thinking_stop(self) -> ThinkingStop:
@@ -186,7 +200,31 @@ class RolloutEngine:
         Raises:
             RequestRefusedError: vLLM rejects the request.
         """
-        draft = self._draft(request)
+        return await self._finish(self._draft(request))
+
+    async def stream(self, request: Request) -> AsyncIterator[np.ndarray | Rollout]:
+        """Like :meth:`generate`; yields the tokens so far, int32 [n], as they come, and the response at last."""
+        draft, news = self._draft(request), asyncio.Event()
+        seen: list[np.ndarray] = []
+
+        def watch(token_ids: np.ndarray) -> None:
+            seen[:] = [token_ids]
+            news.set()
+
+        draft.watch = watch
+        task = asyncio.create_task(self._finish(draft))
+        task.add_done_callback(lambda _: news.set())
+        try:
+            while not task.done():
+                await news.wait()
+                news.clear()
+                while seen:
+                    yield seen.pop()
+            yield await task
+        finally:
+            task.cancel()
+
+    async def _finish(self, draft: _Draft) -> Rollout:
         with telling_engine_death(self.llm):
             await self._extend(draft)
             if draft.unfinished:
@@ -234,18 +272,19 @@ class RolloutEngine:
         from vllm.sampling_params import RequestOutputKind
 
         config = self.config
+        sampling = draft.request.sampling or Sampling(config.temperature, config.top_p, config.top_k)
         try:
             parameters = SamplingParams(
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 max_tokens=max_tokens,
                 seed=seed,
                 stop_token_ids=list(self.stop_token_ids),
                 logprobs=self.candidates,
                 flat_logprobs=True,
                 detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                output_kind=RequestOutputKind.CUMULATIVE if draft.watch else RequestOutputKind.FINAL_ONLY,
             )
             completion = await self._complete(draft, parameters)
         except (VLLMClientError, ValueError) as error:
@@ -269,12 +308,14 @@ class RolloutEngine:
         Raises:
             RuntimeError: vLLM aborted it :data:`ATTEMPTS` times.
         """
-        uid = draft.request.uid
-        ids = np.concatenate([draft.request.prompt.token_ids, draft.token_ids]).tolist()
+        uid, before = draft.request.uid, draft.token_ids
+        ids = np.concatenate([draft.request.prompt.token_ids, before]).tolist()
         for _ in range(ATTEMPTS):
             name = f"{uid}/{next(self._requests)}"
-            [output] = [output async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, name)]
-            completion = output.outputs[0]
+            async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, name):
+                completion = output.outputs[0]
+                if draft.watch is not None:
+                    draft.watch(np.concatenate([before, np.asarray(completion.token_ids, np.int32)]))
             # Not "abort" or "error": such a response would pass for a complete one.
             if completion.finish_reason in ("stop", "length"):
                 return completion
@@ -354,6 +395,11 @@ class RolloutEngine:
         """Like :meth:`log_probs`, for the last swap's probe."""
         with telling_engine_death(self.llm):
             return await self.weights.probed()
+
+    async def beat(self) -> None:
+        """A sign of life, which the engine core gives between two steps."""
+        with telling_engine_death(self.llm):
+            await self.llm.is_sleeping()
 
     async def shutdown(self) -> None:
         """Ends vLLM's processes."""

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from s2w.config.schema import TeacherConfig
 from s2w.data.placeholders import placeholders
+from s2w.data.questions import encode
 from s2w.errors import ConfigError, did_you_mean
 from s2w.models.modes import render, supported_modes
-from s2w.records import Prompt, Rollout
+from s2w.records import Mode, Prompt, Rollout
 
 
 class Context:
@@ -39,7 +40,7 @@ class Context:
     ) -> None:
         self._setting, self._template, self._system = setting, teacher.context, teacher.system_prompt
         self._tokenizer, self._kwargs = tokenizer, dict(chat_template_kwargs)
-        self._rendered: dict[tuple[tuple[tuple[str, str], ...], str], np.ndarray] = {}
+        self._rendered: dict[tuple[tuple[tuple[str, str], ...], Mode], np.ndarray] = {}
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """What the teacher sees of a prompt.
@@ -47,13 +48,7 @@ class Context:
         Raises:
             ConfigError: the template asks for something that the prompt does not have.
         """
-        messages = self._messages(prompt)
-        key = tuple((message["role"], message["content"]) for message in messages), prompt.mode
-        if key not in self._rendered:
-            text = render(self._tokenizer, messages, prompt.mode, self._kwargs)
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._rendered[key] = np.asarray(ids, np.int32)
-        return replace(prompt, token_ids=self._rendered[key])
+        return replace(prompt, token_ids=self._token_ids([prompt])[0])
 
     def rollout(self, rollout: Rollout) -> Rollout:
         """The same response, after what the teacher sees."""
@@ -63,7 +58,20 @@ class Context:
         """The most tokens that the context adds to one of ``prompts``, in any mode; errors as in :meth:`prompt`."""
         modes = supported_modes(self._tokenizer)
         variants = [replace(prompt, mode=mode) for prompt in prompts for mode in modes]
-        return max((len(self.prompt(one).token_ids) - len(one.token_ids) for one in variants), default=0)
+        seen = self._token_ids(variants)
+        return max((len(ids) - len(one.token_ids) for ids, one in zip(seen, variants, strict=True)), default=0)
+
+    def _token_ids(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """int32 token ids of what the teacher sees; new ones are tokenised together."""
+        told = [self._messages(prompt) for prompt in prompts]
+        keys = [
+            (tuple((message["role"], message["content"]) for message in messages), prompt.mode)
+            for messages, prompt in zip(told, prompts, strict=True)
+        ]
+        new = {key: messages for key, messages in zip(keys, told, strict=True) if key not in self._rendered}
+        texts = [render(self._tokenizer, messages, mode, self._kwargs) for (_, mode), messages in new.items()]
+        self._rendered.update(zip(new, encode(self._tokenizer, texts), strict=True))
+        return [self._rendered[key] for key in keys]
 
     def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
         messages = [dict(message) for message in prompt.messages]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import ray
 
+from s2w.actors import stages
+from s2w.actors.stages import Stage
 from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death
 from s2w.config.schema import TeacherConfig
 from s2w.errors import RequestRefusedError
@@ -54,6 +56,7 @@ class TeacherEngine:
     def __init__(
         self, config: TeacherConfig, index: int, device: str, dtype: str, max_model_len: int, vocab_size: int
     ) -> None:
+        stages.open_board()
         self._config = config
         self._index = index
         self._device = device
@@ -72,15 +75,18 @@ class TeacherEngine:
         # The workers are this actor's children: Ray does not place them.
         options: dict[str, Any] = {"distributed_executor_backend": "mp" if world > 1 else "uni"}
         options |= prepare_process(self._device, world, config.threads, config.kv_cache_gib)
+        stages.enter("importing vLLM")
         from vllm import AsyncEngineArgs
         from vllm.config import PoolerConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from s2w.actors.vocabulary_mask import engine_option
 
+        path = ModelReference.of(config.model, config.revision).resolve()
+        stages.enter("starting vLLM")
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=str(ModelReference.of(config.model, config.revision).resolve()),
+                model=str(path),
                 dtype=cast(Any, self._dtype),
                 max_model_len=self._max_model_len,
                 runner="pooling",
@@ -105,11 +111,16 @@ class TeacherEngine:
         )
         fail_with_engine_core(self._engine)
         model = self._engine.model_config
+        stages.enter(stages.UP)
         return {
             "architecture": model.architecture.removeprefix(PREFIX),
             "hidden_size": model.get_hidden_size(),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
+
+    async def stage(self) -> Stage:
+        """What it does while it starts; see :mod:`s2w.actors.starting`."""
+        return stages.current()
 
     async def score(self, rollout: Rollout, request: SignalRequest) -> TeacherSignal:
         """Scores one rollout; the payload stays in the object store of this actor's node.
@@ -167,6 +178,11 @@ class TeacherEngine:
         """
         running = time.perf_counter() - self._busy_since if self._running else 0.0
         return {**self._totals, "busy_s": self._totals["busy_s"] + running}
+
+    async def beat(self) -> None:
+        """A sign of life, which the engine core gives between two steps."""
+        with telling_engine_death(self._engine):
+            await self._engine.is_sleeping()
 
     async def shutdown(self) -> None:
         """Ends the engine's processes."""

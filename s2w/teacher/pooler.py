@@ -43,10 +43,7 @@ from vllm.v1.outputs import PoolerOutput
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from s2w.actors.vocabulary_mask import vocabulary_of
-from s2w.models.logits import float32_product
-
-LOGITS_BYTES = 128 * 2**20
-"""Size of the float32 [rows, vocabulary shard] buffer that a row chunk may fill."""
+from s2w.models.logits import LOGITS_BYTES, float32_product
 
 _NEXT = ("next", 1)
 """Group of the log-probs of next tokens besides another signal."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.hardware import resolve_dtype
+from s2w.actors.starting import Watcher
 from s2w.config.options import read_options
 from s2w.config.schema import Config, TeacherConfig
 from s2w.errors import ConfigError
 from s2w.models.checkpoint import ModelReference
-from s2w.records import Mode, Prompt, Rollout, TeacherSignal
+from s2w.records import Fault, Mode, Prompt, Rollout, Scored, TeacherSignal
 from s2w.teacher.context import Context
 from s2w.teacher.pool import TeacherPool
 
@@ -135,6 +136,7 @@ class Teachers:
         context_tokens: from :func:`context_lengths`; such a teacher's sequences are this much longer.
         sampled: they return the log-prob of each sampled token besides their signals.
         reference: the student's first weights, which score too; None for none.
+        on_fault: see :class:`s2w.actors.pool.Pool`.
     """
 
     def __init__(
@@ -148,16 +150,15 @@ class Teachers:
         context_tokens: Mapping[str, int],
         sampled: bool = False,
         reference: ModelReference | None = None,
+        on_fault: Callable[[Fault], None] = lambda fault: None,
     ) -> None:
         self._routes = routes(config)
         self._contexts = contexts(config, tokenizer)
-        self._first: dict[str, int] = {}
-        replicas = 0
+        self._numbers: dict[tuple[str, int], int] = {}
 
         def pool(name: str, settings: TeacherConfig, *, sampled: bool) -> TeacherPool:
-            nonlocal replicas
-            self._first[name] = replicas
-            replicas += settings.replicas
+            for replica in range(settings.replicas):
+                self._number(name, replica)
             return TeacherPool(
                 settings,
                 config.signal,
@@ -167,6 +168,9 @@ class Teachers:
                 max_model_len=settings.max_model_len or max_model_len + max(0, context_tokens.get(name, 0)),
                 vocab_size=vocab_size,
                 sampled=sampled,
+                name=name if name in (DEFAULT, REFERENCE) else f"teacher {name}",
+                cluster=config.cluster,
+                on_fault=on_fault,
             )
 
         self._pools = {
@@ -181,11 +185,11 @@ class Teachers:
     def _all(self) -> list[TeacherPool]:
         return [*self._pools.values(), *([self._reference] if self._reference else [])]
 
-    async def start(self, timeout_s: float) -> None:
-        """Waits until every engine of every pool has loaded its model; errors as in :meth:`TeacherPool.start`."""
+    async def start(self, timeout_s: float, watcher: Watcher | None = None) -> None:
+        """Waits until every engine of every pool has loaded its model; as :meth:`TeacherPool.start`."""
         async with asyncio.TaskGroup() as group:
             for pool in self._all:
-                group.create_task(pool.start(timeout_s))
+                group.create_task(pool.start(timeout_s, watcher))
 
     async def score(self, rollout: Rollout) -> TeacherSignal:
         """Like :meth:`TeacherPool.score`, by the teacher that takes the prompt."""
@@ -215,6 +219,16 @@ class Teachers:
             return [None] * len(rollouts)
         return [self._named(REFERENCE, signal) for signal in await self._reference.score_batch(list(rollouts))]
 
+    async def lost(self, samples: Sequence[Scored]) -> list[int]:
+        """Indices of the samples with a signal whose engine has died, and the signal with it."""
+        pools = [*self._pools.items(), *([(REFERENCE, self._reference)] if self._reference else [])]
+        alive = {self._number(name, number) for name, pool in pools for number in await pool.alive()}
+        return [
+            i
+            for i, sample in enumerate(samples)
+            if any(signal and signal.teacher not in alive for signal in (sample.signal, sample.reference))
+        ]
+
     async def shutdown(self) -> None:
         """Ends all engines."""
         await asyncio.gather(*(pool.shutdown() for pool in self._all))
@@ -224,4 +238,8 @@ class Teachers:
         return context.rollout(rollout) if context else rollout
 
     def _named(self, name: str, signal: TeacherSignal) -> TeacherSignal:
-        return dataclasses.replace(signal, name=name, teacher=self._first[name] + signal.teacher)
+        return dataclasses.replace(signal, name=name, teacher=self._number(name, signal.teacher))
+
+    def _number(self, name: str, number: int) -> int:
+        """Number among the engines of all teachers of engine ``number`` of one of them."""
+        return self._numbers.setdefault((name, number), len(self._numbers))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from s2w.data.heldout import draw
 from s2w.errors import ConfigError
 from s2w.teacher_data.response import Response
 
@@ -30,15 +30,7 @@ def split(responses: Sequence[Response], heldout: int, seed: int) -> Split:
         ConfigError: nothing would be left to train on.
     """
     prompts = [json.dumps(response.prompt.messages) for response in responses]
-    counts = Counter(prompts)
-    distinct = list(counts)
-    chosen: set[str] = set()
-    held = 0
-    for i in np.random.default_rng(seed).permutation(len(distinct)):
-        if held >= heldout:
-            break
-        chosen.add(distinct[i])
-        held += counts[distinct[i]]
+    chosen = draw(prompts, heldout, seed)
     pairs = list(zip(responses, prompts, strict=True))
     train = [response for response, prompt in pairs if prompt not in chosen]
     if not train:

@@ -14,6 +14,7 @@ from s2w.models.modes import opens_thinking
 from s2w.models.pair import ModelPair
 from s2w.observe.progress import Progress
 from s2w.teacher_data.batches import Split, split
+from s2w.teacher_data.ceiling import Ceiling
 from s2w.teacher_data.dataset import read_dataset
 from s2w.teacher_data.filters import Filtered, apply_filters
 from s2w.teacher_data.generate import generate, open_store, teacher_prompts
@@ -27,12 +28,20 @@ class TeacherResponses:
     """The teacher's responses of a run, collected when they are first asked for: a resumed run may not need them.
 
     Args:
-        directory, device, progress: as in :func:`collect`.
+        directory, device, progress, ceiling: as in :func:`collect`.
     """
 
-    def __init__(self, config: Config, models: ModelPair, device: str, directory: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        models: ModelPair,
+        device: str,
+        directory: Path,
+        progress: Progress,
+        ceiling: Ceiling | None = None,
+    ) -> None:
         self._config, self._models, self._device = config, models, device
-        self._directory, self._progress = directory, progress
+        self._directory, self._progress, self._ceiling = directory, progress, ceiling
         self._filtered: Filtered | None = None
         self._split: Split | None = None
 
@@ -50,17 +59,27 @@ class TeacherResponses:
     async def filtered(self) -> Filtered:
         """All of them; dropped ones with the filter that dropped them."""
         if self._filtered is None:
-            self._filtered = await collect(self._config, self._models, self._device, self._directory, self._progress)
+            self._filtered = await collect(
+                self._config, self._models, self._device, self._directory, self._progress, self._ceiling
+            )
         return self._filtered
 
 
-async def collect(config: Config, models: ModelPair, device: str, directory: Path, progress: Progress) -> Filtered:
+async def collect(
+    config: Config,
+    models: ModelPair,
+    device: str,
+    directory: Path,
+    progress: Progress,
+    ceiling: Ceiling | None = None,
+) -> Filtered:
     """The responses, as kept and dropped by the filters; missing ones are generated first.
 
     Writes the shards, ``filters.json`` and ``dropped.parquet`` (with the column ``reason``) into ``directory``.
 
     Args:
         device: the engines', cuda or cpu.
+        ceiling: what else engines that generate are used for; None for nothing.
 
     Raises:
         ConfigError: the dataset cannot be read, or nothing passes the filters; the message shows the table.
@@ -73,16 +92,16 @@ async def collect(config: Config, models: ModelPair, device: str, directory: Pat
         prompts = teacher_prompts(config, models.student.tokenizer)
         store = open_store(config, models, directory)
         provenance = store.provenance
-        await generate(config, models, prompts, store, device, progress)
+        await generate(config, models, prompts, store, device, progress, ceiling)
         responses = store.read(prompts, config.off_policy.samples_per_prompt)
     filtered = await _filter(config, models, responses)
     (directory / TABLE).write_text(json.dumps(filtered.table(), indent=2) + "\n")
     dropped = [response for response, _ in filtered.dropped]
     write_responses(directory / DROPPED, dropped, provenance, reasons=[reason for _, reason in filtered.dropped])
     if not filtered.kept:
-        raise ConfigError(
-            f"none of the teacher's responses passed the filters; {directory / DROPPED} holds them:\n{filtered.text()}"
-        )
+        # A run that computed nothing, because it was given the responses, leaves no directory.
+        where = f"; {directory / DROPPED} holds them" if config.off_policy.path is None else ""
+        raise ConfigError(f"none of the teacher's responses passed the filters{where}:\n{filtered.text()}")
     progress.say(filtered.text())
     return filtered
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from s2w.config.schema import Config
+from s2w.data.columns import read_finish_reason
 from s2w.data.files import Row, rows
 from s2w.data.placeholders import context_columns
 from s2w.data.questions import Question, as_prompts, encode, read_row, with_system_prompt
@@ -24,8 +25,6 @@ from s2w.teacher_data.response import Response
 from s2w.teacher_data.shards import VOCABULARY, provenance_of, response_files, vocabulary_hash
 
 TOKENS = "response_token_ids"
-FINISH_REASONS = ("stop", "length", "abort", "error")
-"""vLLM's. Only ``stop`` ends a complete response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +82,8 @@ def _examples(path: Path, config: Config, models: ModelPair) -> Iterator[_Exampl
     for file in response_files(path):
         # Token ids of another vocabulary mean nothing.
         same = file.suffix == ".parquet" and provenance_of(file).get(VOCABULARY) == vocabulary
-        for i, row in enumerate(rows(file)):
-            where = f"{str(file)!r}, row {i}"
-            question, text = read_row(where, row, columns)
+        for where, row in rows(file):
+            question, text = read_row(where, row, columns, config.data.verifier)
             if text is None:
                 there = ", ".join(map(str, row))
                 raise ConfigError(
@@ -95,7 +93,7 @@ def _examples(path: Path, config: Config, models: ModelPair) -> Iterator[_Exampl
             mode = question.mode or _mode_of(text, modes)
             question = with_system_prompt(replace(question, uid=f"{path.stem}/{number}"), config.data.system_prompt)
             own = _own_tokens(where, row, models.vocabulary.vocab_size) if same else None
-            yield _Example(question, mode, _without_prefix(text, mode, opened), _finish_reason(where, row), own)
+            yield _Example(question, mode, _without_prefix(text, mode, opened), read_finish_reason(where, row), own)
             number += 1
 
 
@@ -112,13 +110,6 @@ def _mode_of(text: str, modes: Sequence[Mode]) -> Mode:
     """Mode of a response, by whether it thinks; a template's only mode if it has just one."""
     mode: Mode = "think" if split_thinking(text, "think").thought else "no_think"
     return mode if mode in modes else modes[0]
-
-
-def _finish_reason(where: str, row: Row) -> str:
-    reason = row.get("finish_reason") or "stop"
-    if reason not in FINISH_REASONS:
-        raise ConfigError(f"{where} has finish_reason {reason!r}: write one of {', '.join(FINISH_REASONS)}")
-    return reason
 
 
 def _own_tokens(where: str, row: Row, vocab_size: int) -> np.ndarray | None:

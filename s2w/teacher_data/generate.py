@@ -7,7 +7,6 @@ an interrupted generation continues where it stopped.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.calls import each
-from s2w.actors.hardware import resolve_dtype
-from s2w.config.schema import Config, RolloutConfig
+from s2w.config.schema import Config
 from s2w.data.placeholders import context_columns
 from s2w.data.prompts import build_prompts
 from s2w.models.checkpoint import ModelReference
 from s2w.models.modes import supported_modes
 from s2w.models.pair import ModelPair
-from s2w.observe.progress import Progress
+from s2w.observe.progress import Countdown, Progress
 from s2w.records import Mode, Prompt, Request, Rollout
 from s2w.rollout.pool import RolloutPool
+from s2w.teacher.routing import DEFAULT
+from s2w.teacher_data.ceiling import Ceiling
+from s2w.teacher_data.engines import engine_settings, generating_engines
 from s2w.teacher_data.response import Response
 from s2w.teacher_data.shards import VOCABULARY, ShardStore, vocabulary_hash
 
@@ -65,40 +66,26 @@ def open_store(config: Config, models: ModelPair, directory: Path) -> ShardStore
     return ShardStore(directory, provenance)
 
 
-def engine_settings(config: Config) -> RolloutConfig:
-    """Settings of the pool of engines that generate with the teacher."""
-    teacher, off = config.teacher, config.off_policy
-    return RolloutConfig(
-        engines=off.engines or teacher.replicas,
-        tensor_parallel=teacher.tensor_parallel,
-        pipeline_parallel=teacher.pipeline_parallel,
-        expert_parallel=teacher.expert_parallel,
-        max_tokens=off.max_tokens,
-        temperature=off.temperature,
-        top_p=off.top_p,
-        top_k=off.top_k,
-        dtype=teacher.dtype,
-        max_sequences=teacher.max_sequences,
-        max_batched_tokens=teacher.max_batched_tokens,
-        gpu_memory_utilization=teacher.gpu_memory_utilization,
-        kv_cache_gib=teacher.kv_cache_gib,
-        enforce_eager=teacher.enforce_eager,
-        cpus=teacher.cpus,
-        threads=teacher.threads,
-    )
-
-
 async def generate(
-    config: Config, models: ModelPair, prompts: list[Prompt], store: ShardStore, device: str, progress: Progress
+    config: Config,
+    models: ModelPair,
+    prompts: list[Prompt],
+    store: ShardStore,
+    device: str,
+    progress: Progress,
+    ceiling: Ceiling | None = None,
 ) -> None:
     """Generates the responses that ``store`` lacks; starts the teacher's engines only if it lacks any, and ends them.
 
     If interrupted, it first writes what is finished.
+
+    Args:
+        ceiling: what the engines generate first, while they are up; None for nothing.
     """
     off = config.off_policy
     there = store.keys()
     requests = [
-        Request(prompt, sample)
+        Request(prompt, sample, off.max_tokens)
         for sample in range(off.samples_per_prompt)
         for prompt in prompts
         if (prompt.uid, prompt.mode, sample) not in there
@@ -112,33 +99,34 @@ async def generate(
         f"generating the teacher's responses to {len(prompts):,} prompts: {len(requests):,} of {total:,} to go; "
         f"starting {settings.engines} engines ..."
     )
-    pool = RolloutPool(
+    max_model_len = config.data.max_prompt_tokens + off.max_tokens
+    async with generating_engines(
+        config,
         settings,
-        model=ModelReference.of(config.teacher.model, config.teacher.revision),
+        ModelReference.of(config.teacher.model, config.teacher.revision),
         device=device,
-        dtype=resolve_dtype(settings.dtype, device),
-        max_model_len=config.data.max_prompt_tokens + off.max_tokens,
+        max_model_len=max(max_model_len, ceiling.max_model_len(DEFAULT)) if ceiling else max_model_len,
         vocab_size=models.vocabulary.vocab_size,
-        candidates=0,
         stop_token_ids=models.teacher.eos_token_ids,
-    )
-    try:
-        await pool.start(0, config.cluster.start_timeout_s)
-        writer = ShardWriter(store, models.student.tokenizer, off.shard_responses, len(requests), progress)
-        if config.run.deterministic:
-            await write_in_batches(pool, requests, writer)
-        else:
-            # Twice what the engines run at once, so that none waits for a request.
-            await write(pool, requests, 2 * settings.engines * settings.max_sequences, writer)
-    finally:
-        await pool.shutdown()
+        name="teacher",
+        watcher=progress,
+    ) as pool:
+        if ceiling:
+            await ceiling.measure_with(pool)
+        with progress.countdown("generating", len(requests)) as countdown:
+            writer = ShardWriter(store, models.student.tokenizer, off.shard_responses, countdown)
+            if config.run.deterministic:
+                await write_in_batches(pool, requests, writer)
+            else:
+                # Twice what the engines run at once, so that none waits for a request.
+                await write(pool, requests, 2 * settings.engines * settings.max_sequences, writer)
 
 
 class ShardWriter:
     """Collects finished rollouts and writes a shard whenever there are enough.
 
     Args:
-        total: responses to come, for the progress lines.
+        countdown: of all responses, for the progress lines.
     """
 
     def __init__(
@@ -146,18 +134,17 @@ class ShardWriter:
         store: ShardStore,
         tokenizer: PreTrainedTokenizerBase,
         shard_responses: int,
-        total: int,
-        progress: Progress,
+        countdown: Countdown,
     ) -> None:
-        self.store, self.tokenizer, self.progress = store, tokenizer, progress
-        self.shard_responses, self.total = shard_responses, total
+        self.store, self.tokenizer = store, tokenizer
+        self.shard_responses, self.countdown = shard_responses, countdown
         self.finished: list[Rollout] = []
-        self.written = self.tokens = 0
-        self.began = time.monotonic()
+        self.written = 0
 
     def add(self, rollout: Rollout) -> None:
         """Adds one rollout; it is on disk once its shard is full or :meth:`flush` was called."""
         self.finished.append(rollout)
+        self.countdown.add(len(rollout.token_ids))
         if len(self.finished) == self.shard_responses:
             self.flush()
 
@@ -173,10 +160,8 @@ class ShardWriter:
             ]
         )
         self.written += len(self.finished)
-        self.tokens += sum(len(rollout.token_ids) for rollout in self.finished)
         self.finished = []
-        rate = self.tokens / (time.monotonic() - self.began)
-        self.progress.say(f"{self.written:,} of {self.total:,} responses written, {rate:,.0f} tokens/s")
+        self.countdown.say(f"{self.written:,} of {self.countdown.total:,} responses written")
 
 
 async def write(pool: RolloutPool, requests: Sequence[Request], at_once: int, writer: ShardWriter) -> None:

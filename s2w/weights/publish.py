@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
-from s2w.actors.failures import reason
+from s2w.actors.failures import PROCESS_DEATHS, reason, root
 from s2w.weights.probe import EngineProbe
 
 if TYPE_CHECKING:
@@ -153,6 +153,11 @@ class SwapError(RuntimeError):
             f"engine {engine}: {reason(error, f'rollout engine {engine}')}" for engine, error in engines.items()
         )
         super().__init__(f"swap to version {version} failed to {step}: {reasons}")
+
+    def survivable(self, engines: Collection[int]) -> bool:
+        """Whether a swap without the engines that failed may succeed; not if all of ``engines`` refuse it alike."""
+        deaths = (*PROCESS_DEATHS, TimeoutError)
+        return len(self.engines) < len(engines) or any(isinstance(root(one), deaths) for one in self.engines.values())
 
 
 async def publish(

@@ -10,18 +10,10 @@ from typing import Any
 import numpy as np
 
 from s2w.config.compose import compose, to_yaml
-from s2w.eval.grading import Graded
-from s2w.eval.scores import mode_scores
-from s2w.observe.recorder import Recorder
+from s2w.eval.heldout import make_heldout
+from s2w.observe.recorder import SEGMENTS, Recorder
 from s2w.observe.timeline import Timeline
-from s2w.records import (
-    Heldout,
-    HeldoutResponse,
-    HeldoutSample,
-    Mode,
-    OffPolicyHeldout,
-    Prompt,
-)
+from s2w.records import Fault, HeldoutResponse, HeldoutSample, Mode, OffPolicyHeldout, Prompt
 from s2w.teacher_data.filters import Filtered
 from s2w.teacher_data.response import Response
 
@@ -32,18 +24,25 @@ MARKUP = "<script>throw new Error('a response ran')</script>"
 """Stands in a response: a page must show it, not run it."""
 
 
-def write_run(directory: Path, steps: int = 12, finished: bool = True) -> None:
-    """The student learns: KL falls from 4 to 1, accuracy in think rises, in no_think it does not.
+def write_run(directory: Path, steps: int = 12, finished: bool = True, seed: int = 0) -> None:
+    """The student learns: KL falls from 4 to 1, accuracy in think rises, in no_think it does not; the teacher is at 1
+    and 0.2. It took 200 s.
 
     Two rollout engines, one teacher; evaluations every 4 steps.
+
+    Args:
+        seed: of what is drawn.
     """
     directory.mkdir()
     config = compose(["experiment=smollm2", "off_policy.steps=6", f"loop.steps={steps}", f"run.dir={directory}"])
     (directory / "config.yaml").write_text(to_yaml(config))
-    recorder = Recorder(directory, step=0, off_policy_step=0, config={}, tensorboard=False, wandb=None, name="example")
+    recorder = Recorder(
+        directory, step=0, off_policy_step=0, config={}, tensorboard=False, wandb=None, name="example", began=990.0
+    )
     timeline = Timeline(directory / "timeline.jsonl")
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     off_policy(recorder, directory)
+    evaluate(recorder, None, steps, draw)
     evaluate(recorder, 0, steps, draw)
     for step in range(1, steps + 1):
         recorder.step(step_line(step, steps, draw))
@@ -55,9 +54,11 @@ def write_run(directory: Path, steps: int = 12, finished: bool = True) -> None:
         timeline.add("swap", 0, [(begin + 8.5, begin + 9)], step)
         if step % 4 == 0 or step == steps:
             evaluate(recorder, step, steps, draw)
+    recorder.fault(Fault(1_050.0, "rollout engine", "rollout engine 1", "it was killed", "rollout engine 2", 31.0))
     if finished:
         recorder.summary({"wall_seconds": 200.0})
     recorder.close()
+    (directory / SEGMENTS).write_text(json.dumps([{"began": 990.0, "until": 1190.0}]))
 
 
 def off_policy(recorder: Recorder, directory: Path) -> None:
@@ -138,21 +139,9 @@ def step_line(step: int, steps: int, draw: np.random.Generator) -> dict[str, Any
     }
 
 
-def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Generator) -> None:
+def evaluate(recorder: Recorder, version: int | None, steps: int, draw: np.random.Generator) -> None:
+    """Of the student at a version, or of the teacher."""
     responses = list(heldout_responses(version, steps, draw))
-    graded = [
-        Graded(one.uid, "sum", one.mode, one.correct, one.adherent, one.truncated, False, one.tokens)
-        for one in responses
-    ]
-    tokens = sum(one.tokens for one in responses)
-    result = Heldout(
-        version=version,
-        forward_kl=sum(one.forward_kl * one.tokens for one in responses) / tokens,
-        reverse_kl=sum(one.reverse_kl * one.tokens for one in responses) / tokens,
-        tokens=tokens,
-        response_length=tokens / len(responses),
-        by_mode=mode_scores(graded),
-    )
     samples = []
     for one in responses:
         if int(one.uid.rpartition("/")[2]) < SAMPLES:
@@ -164,22 +153,28 @@ def evaluate(recorder: Recorder, version: int, steps: int, draw: np.random.Gener
                     version, one.uid, one.mode, f"What is {one.uid}?", text, one.correct, one.adherent, finish
                 )
             )
-    recorder.heldout(result, responses, samples)
+    recorder.heldout(make_heldout(responses), responses, samples)
 
 
-def heldout_responses(version: int, steps: int, draw: np.random.Generator) -> Iterator[HeldoutResponse]:
+def heldout_responses(version: int | None, steps: int, draw: np.random.Generator) -> Iterator[HeldoutResponse]:
     for mode in MODES:
-        chance = 0.2 + (0.6 * version / steps if mode == "think" else 0.0)
+        done = 1.0 if version is None else version / steps
+        chance = 0.2 + (0.6 * done if mode == "think" else 0.0)
         for i in range(PROMPTS):
-            kl = 4.0 - 3.0 * version / steps + float(draw.normal(0, 0.5))
+            kl = 0.0 if version is None else 4.0 - 3.0 * done + float(draw.normal(0, 0.5))
+            length = int(draw.integers(10, 80))
             yield HeldoutResponse(
                 version=version,
                 uid=f"sum/heldout/{i}",
                 mode=mode,
-                tokens=int(draw.integers(10, 80)),
+                tokens=length,
                 forward_kl=kl,
                 reverse_kl=1.1 * kl,
-                correct=bool(draw.random() < chance),
+                correct=True if version is None and mode == "think" else bool(draw.random() < chance),
                 adherent=bool(draw.random() < 0.95),
                 truncated=bool(draw.random() < 0.05),
+                repetitive=False,
+                length=length,
+                teacher="teacher",
+                task="sum",
             )

@@ -68,15 +68,16 @@ class LiveRun:
 
     def survivors(self) -> list[str]:
         """What is left :data:`GRACE_S` after now of the processes that were seen."""
-        psutil.wait_procs([process for process in self.family.values() if _runs(process)], timeout=GRACE_S)
-        return [str(process) for process in self.family.values() if _runs(process)]
+        psutil.wait_procs([process for process in self.family.values() if runs(process)], timeout=GRACE_S)
+        return [str(process) for process in self.family.values() if runs(process)]
 
     def wait(self, seconds: float = 120) -> int:
         """Exit code of the driver."""
         return self.process.wait(seconds)
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """It has not ended."""
     # Whoever adopts an orphan may leave it as a zombie.
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 

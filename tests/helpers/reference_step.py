@@ -7,7 +7,7 @@ other: whatever lets one of them in shows in the tokens, the log-probs and the d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,5 +196,12 @@ def check_ids(run: Run, student: torch.nn.Module) -> None:
 def questions(path: Path) -> list[str]:
     """Prompts whose answer the student `knowing` often gives, and the overrides that take them."""
     rows = [{"prompt": f"What is {i} minus {i - 7}?", "answer": ANSWER} for i in range(8, 14)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["data.tasks=[]", f"data.path={path}", "rollout.max_tokens=3"]
+    return [*prompt_files(path, rows, heldout=2), "rollout.max_tokens=3"]
+
+
+def prompt_files(path: Path, rows: Sequence[dict[str, str]], heldout: int) -> list[str]:
+    """Writes all but the last rows to ``path`` and those to a file of held-out prompts; returns the overrides."""
+    last = path.with_name("heldout.jsonl")
+    for file, part in ((path, rows[:-heldout]), (last, rows[-heldout:])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in part))
+    return ["data.tasks=[]", f"data.path={path}", f"data.heldout_path={last}"]

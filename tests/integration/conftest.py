@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -55,7 +56,13 @@ def address() -> Iterator[str]:
 def job(models: Models, address: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
     """Trains to the end and keeps what the controller held, with the arrays behind its references."""
 
-    def run(name: str, student: Path, *overrides: str) -> Run:
+    def run(
+        name: str,
+        student: Path,
+        *overrides: str,
+        meanwhile: Callable[[int, list[Scored]], None] = lambda number, samples: None,
+    ) -> Run:
+        """``meanwhile`` is called with each batch when it is scored, and its number."""
         batches: list[list[Seen]] = []
 
         def keep(samples: list[Scored]) -> None:
@@ -63,12 +70,13 @@ def job(models: Models, address: str, capsys: pytest.CaptureFixture[str]) -> Cal
                 [
                     Seen(
                         sample,
-                        dict(ray.get(sample.signal.payload)) if sample.signal else {},
+                        copy.deepcopy(dict(ray.get(sample.signal.payload))) if sample.signal else {},
                         ray.get(sample.rollout.candidates) if sample.rollout.candidates else None,
                     )
                     for sample in samples
                 ]
             )
+            meanwhile(len(batches) - 1, samples)
 
         directory = models.root / "runs" / name
         sides = [f"teacher.model={models.teacher}", f"student.model={student}", f"run.dir={directory}"]

@@ -90,9 +90,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def work_in_pieces(_: Any) -> None:
     """Many buckets a backward pass, parameters larger than one, and norms of parts of them; runs in a rank."""
-    from s2w.learner import worker
+    from s2w.learner import deepspeed_settings, worker
 
-    worker.BUCKET_ELEMENTS["cpu"], worker.NORM_ELEMENTS = 50_000, 1_000
+    deepspeed_settings.BUCKET_ELEMENTS["cpu"], worker.NORM_ELEMENTS = 50_000, 1_000
 
 
 def make_sample(teacher: PreTrainedModel, generator: np.random.Generator, uid: str) -> Scored:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from huggingface_hub import ModelCard
 from stop_signals import stop_during
 from tiny_models import make_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2w import cli
 from s2w.actors.stopping import INTERRUPTED
 from s2w.config.compose import compose
+from s2w.data.verifiers import extract_answer
 from s2w.errors import ConfigError
+from s2w.eval.heldout import heldout_responses
 from s2w.launch.check import check
 from s2w.launch.job import Job
 from s2w.launch.phases import run_off_policy
@@ -31,7 +35,8 @@ from s2w.launch.train import train
 from s2w.models.student import student_reference
 from s2w.observe.progress import Progress
 from s2w.observe.recorder import Recorder
-from s2w.records import Rollout, Scored
+from s2w.records import HeldoutResponse, Rollout, Scored
+from s2w.teacher_data import ceiling
 from s2w.teacher_data.batches import ResponseStream, split
 from s2w.teacher_data.collect import TeacherResponses, collect
 from s2w.teacher_data.dataset import read_dataset
@@ -67,7 +72,7 @@ class World:
             "off_policy.shard_responses=4", "off_policy.temperature=1", "off_policy.top_p=1", "off_policy.top_k=-1",
             "cluster.device=cpu", "run.deterministic=true", NO_FILTERS,
             "teacher.dtype=float32", "rollout.dtype=float32", "learner.dtype=float32",
-            f"teachers.plain={{model: {self.other_teacher}, modes: [no_think]}}",
+            f"teachers.plain={{model: {self.other_teacher}, modes: [no_think]}}", "loop.eval_teacher=true",
         ]  # fmt: skip
 
 
@@ -102,6 +107,8 @@ class Story:
     """Those of the interrupted generation."""
     interrupted_step: int
     batches: list[list[Scored]]
+    ceiling: list[Rollout]
+    """The teachers' own responses to the held-out prompts."""
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
@@ -119,7 +126,6 @@ class Story:
 def story(world: World) -> Story:
     directory = world.directory / "run"
     overrides = world.overrides("run")
-    again = compose([*overrides, "run.resume=true"])
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, "say", lambda text: "responses written" in text)
         # As a shell without job control starts a job in the background.
@@ -127,13 +133,22 @@ def story(world: World) -> Story:
         assert cli.main(["generate", *overrides]) == INTERRUPTED
         assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
     shards = {path.name: path.read_bytes() for path in (directory / "off_policy").glob("shard-*")}
+    again = compose([*overrides, "run.resume=true"])
     with pytest.MonkeyPatch.context() as patch:
         stop_during(patch, "step", 2)
         assert train(again) == INTERRUPTED
     step = json.loads((directory / "off_policy" / "checkpoints" / "latest" / "state.json").read_text())["step"]
     batches: list[list[Scored]] = []
-    assert train(again, batches.append) == 0
-    return Story(directory, overrides, shards, step, batches)
+    own: list[Rollout] = []
+
+    def seen(version: int | None, rollouts: Sequence[Rollout], *rest: Any) -> list[HeldoutResponse]:
+        own.extend(rollouts)
+        return heldout_responses(version, rollouts, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceiling, "heldout_responses", seen)
+        assert train(again, batches.append) == 0
+    return Story(directory, overrides, shards, step, batches, own)
 
 
 def test_an_interrupted_generation_repeats_nothing(story: Story) -> None:
@@ -160,6 +175,72 @@ def test_the_run_directory(story: Story) -> None:
     assert summary["off_policy"]["after"]["step"] == 5
 
 
+def test_checkpoints_of_both_phases_have_a_card(story: Story, world: World) -> None:
+    first, second = [
+        ModelCard.load(story.directory / path / "latest" / "README.md").content
+        for path in ("off_policy/checkpoints", "checkpoints")
+    ]
+    losses = [line["loss"] for line in story.lines("off_policy/heldout.jsonl")]
+    loss = f"| off-policy loss, nats/token, after 5 steps | {losses[0]:.4f} | {losses[1]:.4f} |"
+    assert loss in first and loss in second
+    assert "# s2w: off-policy step 5" in first and "# s2w: on-policy step 1" in second
+    kl = [line["forward_kl"] for line in story.lines("heldout.jsonl")]
+    assert f"| KL(teacher‖student), nats/token, after 1 on-policy steps | {kl[0]:.4f} | {kl[1]:.4f} |" in second
+    assert "KL(" not in first
+    assert f"| teacher `plain` | `{world.other_teacher}`, for no_think |" in second
+
+
+def test_the_student_and_its_teacher_answer_side_by_side(
+    story: Story, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`s2w sample` on the run's directory: greedy, so that transformers gives the same words."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(world.teacher)
+    paths = {"student": (story.directory / "checkpoints" / "latest").resolve(), "teacher": world.teacher}
+
+    def answer(path: Path, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        model: Any = load(path)
+        output = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        return str(tokenizer.decode(output, skip_special_tokens=True)).strip()
+
+    questions = ["What is 2 plus 3?", "What is 4 plus 4?"]
+    expected = {name: [answer(path, question) for question in questions] for name, path in paths.items()}
+    assert expected["student"] != expected["teacher"]
+    references = [extract_answer(expected["teacher"][0]), "8"]
+    rows = [
+        {"prompt": question, "answer": reference, "mode": "no_think"}
+        for question, reference in zip(questions, references, strict=True)
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    status = cli.main([
+        "sample", str(story.directory), str(prompts), "--teacher", str(world.teacher), "rollout.max_tokens=12",
+        "rollout.temperature=0", "rollout.enforce_eager=true", "rollout.dtype=float32", "rollout.cpus=0.2",
+        "cluster.device=cpu",
+    ])  # fmt: skip
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    blocks = re.split(r"^(?:===|---) (.*)\n", shown.out, flags=re.MULTILINE)[1:]
+    headings, bodies = blocks[::2], blocks[1::2]
+    names = [f"{name} {path} (no_think)" for name, path in paths.items()]
+    assert headings == [f"1/2: {questions[0]}", *names, f"2/2: {questions[1]}", *names]
+    for i, texts in enumerate(expected.values()):
+        for number, text in enumerate(texts):
+            written, summary = bodies[3 * number + 1 + i].rsplit("\n[", 1)
+            assert written == text
+            assert re.match(r"\d+ tokens, (stop|length), [\d.]+ s, ", summary)
+            reference = references[number]
+            right = extract_answer(text) == reference
+            verdict = "right by math_verify]" if right else f"wrong by math_verify, the answer is {reference!r}]"
+            assert verdict in summary
+    assert shown.out.endswith(f"teacher {world.teacher}: 1 of 2 right\n")
+    assert "student 0 is up after" in shown.err and "teacher 0 is up after" in shown.err
+
+
 def test_both_phases_are_in_the_metrics_once(story: Story) -> None:
     assert story.interrupted_step == 2
     lines = story.lines("metrics.jsonl")
@@ -181,7 +262,8 @@ def test_a_phase_stopped_in_an_update_ends_where_the_uninterrupted_one_does(stor
     shutil.copytree(story.directory / "off_policy", directory / "off_policy", ignore=lambda _, names: [
         name for name in names if not name.startswith("shard-")
     ])  # fmt: skip
-    assert train(compose([*world.overrides("unbroken"), "loop.steps=0"])) == 0
+    shutil.copy(story.directory / "config.yaml", directory)
+    assert train(compose([*world.overrides("unbroken"), "run.resume=true", "loop.steps=0"])) == 0
     ours, theirs = (
         [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
         for root in (story.directory, directory)
@@ -253,6 +335,29 @@ def test_teachers_differ_by_mode(story: Story, world: World) -> None:
     )
 
 
+def test_each_teacher_responds_to_its_own_held_out_prompts_once(story: Story, world: World) -> None:
+    models = {"think": load(world.teacher), "no_think": load(world.other_teacher)}
+    asked = [(sample.rollout.prompt.mode, sample.rollout.prompt.uid) for sample in story.batches[0]]
+    assert [(rollout.prompt.mode, rollout.prompt.uid) for rollout in story.ceiling] == asked
+    for rollout in story.ceiling:
+        # Of rollout.max_tokens, not off_policy.max_tokens.
+        assert len(rollout.token_ids) == 8 or rollout.finish_reason == "stop"
+        expected = token_log_probs(models[rollout.prompt.mode], rollout)
+        torch.testing.assert_close(torch.from_numpy(rollout.log_probs), expected, rtol=0, atol=1e-4)
+    [line] = story.lines("teacher_heldout/heldout.jsonl")
+    assert line["version"] is None and line["by_teacher"].keys() == {"teacher", "plain"}
+    assert story.lines("heldout.jsonl")[0]["by_teacher"].keys() == {"teacher", "plain"}
+    teachers = [one["teacher"] for one in story.lines("teacher_heldout/heldout_responses.jsonl")]
+    assert teachers == ["plain" if mode == "no_think" else "teacher" for mode, _ in asked]
+    summary = json.loads((story.directory / "summary.json").read_text())
+    assert summary["heldout"]["teacher"]["by_mode"] == line["by_mode"]
+    # The interrupted starts count too.
+    segments = json.loads((story.directory / "segments.json").read_text())
+    assert len(segments) == 2
+    assert summary["wall_seconds"] == pytest.approx(sum(one["until"] - one["began"] for one in segments), abs=1.0)
+    assert summary["wall_seconds"] > segments[1]["until"] - segments[1]["began"] + 1.0
+
+
 def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story: Story, world: World) -> None:
     config = compose(
         [
@@ -264,7 +369,7 @@ def test_a_dataset_takes_the_place_of_generation_and_the_teacher_scores_it(story
     directory = Path(config.run.dir)
     student = student_reference(config.student, directory / "student", config.run.seed)
     recorder = Recorder(
-        directory, step=0, off_policy_step=0, config={}, tensorboard=False, wandb=None, name="divergence"
+        directory, step=0, off_policy_step=0, config={}, tensorboard=False, wandb=None, name="divergence", began=0.0
     )
     ray.init(include_dashboard=False, log_to_driver=False)
     try:

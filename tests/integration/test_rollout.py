@@ -22,7 +22,7 @@ from s2w.actors.failures import reason
 from s2w.config.schema import RolloutConfig
 from s2w.errors import ConfigError, RequestRefusedError
 from s2w.models.checkpoint import ModelReference, resolve_path
-from s2w.records import Mode, Prompt, Request, Rollout
+from s2w.records import Mode, Prompt, Request, Rollout, Sampling
 from s2w.rollout.engine import ATTEMPTS
 from s2w.rollout.pool import RolloutPool
 
@@ -112,6 +112,14 @@ def make_prompts(count: int, mode: Mode = "no_think") -> list[Prompt]:
     ]
 
 
+def test_an_engine_and_its_core_tell_what_they_do(pool: RolloutPool) -> None:
+    stages = ray.get([member.actor.stage.remote() for member in pool.pool.members])
+    assert [stage.name for stage in stages] == ["up", "up"]
+    # The actor: starting, importing vLLM, downloading, starting vLLM, up. Its core: loading weights, profiling memory,
+    # warming up.
+    assert [stage.number for stage in stages] == [8, 8]
+
+
 async def sample_all(pool: RolloutPool, requests: list[Request]) -> list[Rollout]:
     return await asyncio.gather(*(pool.generate(request) for request in requests))
 
@@ -191,6 +199,42 @@ def test_a_call_may_set_its_own_budget(pool: RolloutPool, loop: asyncio.Abstract
     assert all(rollout.forced == () for rollout in loop.run_until_complete(sample(CONFIG.max_tokens)))
 
 
+def test_a_stream_is_the_response_as_it_grows(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    """With what the thinking budget inserts; the same response as one that is not streamed."""
+    prompts = make_prompts(4, "think")
+
+    async def stream(prompt: Prompt) -> tuple[list[np.ndarray], Rollout]:
+        *parts, last = [part async for part in pool.stream(Request(prompt, thinking_budget=BUDGET))]
+        assert isinstance(last, Rollout)
+        return [part for part in parts if isinstance(part, np.ndarray)], last
+
+    forced = 0
+    for prompt in prompts:
+        rollout = loop.run_until_complete(pool.generate(Request(prompt, thinking_budget=BUDGET)))
+        parts, last = loop.run_until_complete(stream(prompt))
+        assert np.array_equal(last.token_ids, rollout.token_ids) and last.finish_reason == rollout.finish_reason
+        lengths = [len(part) for part in parts]
+        assert lengths == sorted(set(lengths)) and len(lengths) > 2
+        assert all(np.array_equal(part, rollout.token_ids[: len(part)]) for part in parts)
+        forced += bool(rollout.forced)
+    assert forced
+
+
+def test_a_call_may_set_its_own_sampling(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    greedy = [Request(make_prompts(1)[0], sample, sampling=Sampling(0.0, 1.0, -1)) for sample in range(4)]
+    rollouts = loop.run_until_complete(pool.generate_batch(greedy))
+    assert len({tuple(rollout.token_ids) for rollout in rollouts}) == 1
+
+
+def test_a_stream_that_is_refused_says_why(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
+    async def stream() -> None:
+        async for _ in pool.stream(Request(replace(make_prompts(1)[0], token_ids=np.ones(128, np.int32)))):
+            pass
+
+    with pytest.raises(RequestRefusedError, match="max_tokens must be at least 1, got 0"):
+        loop.run_until_complete(asyncio.wait_for(stream(), 60))
+
+
 def test_a_call_may_set_its_own_length(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
     requests = [Request(prompt, max_tokens=5) for prompt in make_prompts(8)]
     rollouts = loop.run_until_complete(sample_all(pool, requests))
@@ -245,7 +289,7 @@ def test_load_is_shared(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> N
 def test_a_response_that_an_engine_gives_up_is_sampled_again(
     pool: RolloutPool, loop: asyncio.AbstractEventLoop
 ) -> None:
-    engine, prompt = pool.engines[0], make_prompts(1)[0]
+    engine, prompt = pool.pool.members[0].actor, make_prompts(1)[0]
 
     def abort(engine: Any) -> int:
         requests = list(engine.llm.output_processor.request_states)
@@ -286,7 +330,7 @@ def test_engines_compute_log_probs_of_given_tokens(
 
 def test_calls_of_an_engine_that_dies_end_within_seconds(pool: RolloutPool, loop: asyncio.AbstractEventLoop) -> None:
     """Last of the file: the engine is gone afterwards. vLLM itself would let the pause wait for ever."""
-    engine = pool.engines[1]
+    engine = pool.pool.members[1].actor
 
     def core(engine: Any) -> int:
         return engine.llm.engine_core.resources.engine_manager.processes[0].pid

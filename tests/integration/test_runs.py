@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import ray
 import torch
+from huggingface_hub import ModelCard
+from ray.exceptions import RayError
 from reference_step import (
     ANSWER,
     COMMON,
@@ -29,6 +36,7 @@ from reference_step import (
     forward_kl,
     load,
     log_probs,
+    prompt_files,
     questions,
     step,
     tail,
@@ -39,6 +47,7 @@ from transformers import AutoTokenizer
 from s2w.config.compose import compose
 from s2w.launch.check import check
 from s2w.observe.progress import Progress
+from s2w.records import Scored
 from s2w.teacher_data.batches import ResponseStream, split
 from s2w.teacher_data.collect import collect
 
@@ -55,6 +64,13 @@ def test_hidden_states_a_moe_student_a_thinking_budget_and_cross_entropy_first(
     ]  # fmt: skip
     run = job("hidden", models.moe, *settings)
     phase = run.directory / "off_policy"
+    # Twice a teacher and a learner, one rollout engine; and lines alone, since the output is no terminal.
+    up = re.findall(r"^(teacher|rollout engine|learner rank) 0 is up after [\d: s]+$", run.said, re.MULTILINE)
+    assert Counter(up) == {"teacher": 2, "rollout engine": 1, "learner rank": 2}
+    loading = re.findall(r"^(teacher|rollout engine) 0: (?:importing|starting) vLLM, [\d: s]+$", run.said, re.MULTILINE)
+    assert set(loading) == {"teacher", "rollout engine"}
+    assert re.search(r"^8 of 8 responses written, [\d,]+ tokens/s$", run.said, re.MULTILINE)
+    assert not {"\r", "\x1b"} & set(run.said)
 
     sides = [f"teacher.model={models.teacher}", f"student.model={models.moe}", f"run.dir={run.directory}"]
     config = compose([*COMMON, *sides, *settings, "run.resume=true"])
@@ -83,6 +99,12 @@ def test_hidden_states_a_moe_student_a_thinking_budget_and_cross_entropy_first(
         assert rollout.token_ids[4 : 4 + len(closing)].tolist() == closing or not cut
     assert sum(bool(seen.rollout.forced) for seen in run.first) >= 2
     check_step(run, step(run, student, lambda seen, log_p, log_q: forward_kl(log_p, log_q)))
+    # The teacher's engines, up for the responses, gave its own to the held-out prompts, of the student's length.
+    ceiling = [json.loads(line) for line in (run.directory / "teacher_heldout/heldout_responses.jsonl").open()]
+    assert [(one["mode"], one["uid"]) for one in ceiling] == [
+        (seen.rollout.prompt.mode, seen.rollout.prompt.uid) for seen in run.batches[0]
+    ]
+    assert all(one["length"] == 12 if one["truncated"] else one["length"] <= 12 for one in ceiling)
     # Trained on, the forced tokens would have moved the mean by far more than the tolerance.
     everything = step(run, student, lambda seen, log_p, log_q: forward_kl(log_p, log_q), rows="all")
     assert abs(everything.divergence - run.metrics[0]["divergence"]) > 100 * NATS
@@ -120,12 +142,11 @@ def test_candidates_and_less_weight_where_the_teacher_is_wrong(
         (0, answers[0]), (0, f"The answer is {answers[0]}."), (1, answers[1]), (1, "100"), (2, "200"), (2, "300"),
     ]  # fmt: skip
     rows = [{"prompt": q, "answer": a, "mode": "no_think"} for q, a in zip(questions, answers, strict=True)]
-    prompts, responses = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    responses = tmp_path / "responses.jsonl"
     responses.write_text("".join(json.dumps(rows[i] | {"response": response}) + "\n" for i, response in given))
     run = job(
-        "ids", models.dense, *FRESH, "data.tasks=[]", f"data.path={prompts}", f"off_policy.path={responses}",
-        "loop.unreliable_weight=0.2", "signal.kind=ids", "signal.top_k=16",
+        "ids", models.dense, *FRESH, *prompt_files(tmp_path / "prompts.jsonl", rows, heldout=2),
+        f"off_policy.path={responses}", "loop.unreliable_weight=0.2", "signal.kind=ids", "signal.top_k=16",
     )  # fmt: skip
     student = load(run.directory / "student")
     check_ids(run, student)
@@ -182,12 +203,43 @@ def check_advantages(run: Run, models: Models) -> None:
     assert sum(seen.sample.advantage > 0 for seen in run.first) >= 2
 
 
+def check_checkpoint(run: Run) -> None:
+    """The lines of its card load it, and what it samples ends by itself, as the rollouts did."""
+    path = (run.directory / "checkpoints" / "latest").resolve()
+    card = ModelCard.load(path / "README.md")
+    assert card.data.get("library_name") == "transformers" and "distillation" in card.data.get("tags")
+    [code] = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
+    said: list[str] = []
+    names: dict[str, Any] = {"print": said.append}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exec(code, names)
+        assert said[0].startswith("<|im_start|>user")
+        model, tokenizer = names["model"], names["tokenizer"]
+        inputs = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": "What is 3 plus 4?"}]] * 64,
+            add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+        output = model.generate(**inputs, max_new_tokens=24)
+    responses = output[:, inputs["input_ids"].shape[1] :].tolist()
+    ended = [
+        (response[: response.index(EOS)], response[response.index(EOS) + 1 :])
+        for response in responses
+        if EOS in response
+    ]
+    assert len(ended) > 60 and len({len(before) for before, _ in ended}) > 2  # sampled, not greedy
+    assert all(set(after) <= {tokenizer.pad_token_id} for _, after in ended)
+    rollouts = [seen.rollout for batch in run.batches for seen in batch if seen.rollout.finish_reason == "stop"]
+    assert rollouts and all(rollout.token_ids.tolist().index(EOS) == len(rollout.token_ids) - 1 for rollout in rollouts)
+
+
 def test_grpo(job: Callable[..., Run], models: Models, tmp_path: Path) -> None:
     """Rewards alone: no teacher is asked about a training batch, only about the held-out ones."""
     run = job(
         "grpo", models.knowing, *questions(tmp_path / "prompts.jsonl"), "loop.steps=2", "loss.objective=grpo",
         "loop.samples_per_prompt=4", "data.think_ratio=0.25", "data.think_ratio_end=0.75",
     )  # fmt: skip
+    assert "4 prompts: all verified by" in run.said and "; held-out 2: all verified by" in run.said
     for number, batch in enumerate(run.batches[1:-1]):
         assert all(seen.sample.signal is None for seen in batch)
         modes = Counter(seen.rollout.prompt.mode for seen in batch)
@@ -206,15 +258,33 @@ def test_grpo(job: Callable[..., Run], models: Models, tmp_path: Path) -> None:
 
 
 def test_rewards_beside_the_divergence(job: Callable[..., Run], models: Models, tmp_path: Path) -> None:
-    """KDRL: the loss is the sum of both, and so is its gradient."""
+    """KDRL: the loss is the sum of both, and so is its gradient. Before the batch is trained on, the teacher dies and
+    its signals are gone."""
+
+    def kill_teacher(batch: int, samples: list[Scored]) -> None:
+        if batch == 1:
+            [teacher] = [one for one in psutil.process_iter() if one.name().startswith("ray::TeacherEng")]
+            teacher.kill()
+            for sample in samples:
+                assert sample.signal
+                with suppress(RayError):
+                    while True:  # Ray keeps them for a moment.
+                        ray.get(sample.signal.payload, timeout=30)
+                        time.sleep(0.1)
+
     run = job(
         "kdrl", models.knowing, *questions(tmp_path / "prompts.jsonl"), "loss.objective=kdrl", "reward.weight=0.3",
-        "loop.samples_per_prompt=4",
+        "loop.samples_per_prompt=4", "learner.learning_rate=1e-5",  # as it ended its responses, so its checkpoint does
+        meanwhile=kill_teacher,
     )  # fmt: skip
     student = load(models.knowing)
     check_ids(run, student)
     check_advantages(run, models)
     reference = step(run, student, lambda seen, log_p, log_q: forward_kl(log_p, log_q), reward=0.3)
     check_step(run, reference)
+    assert "teacher 0 is lost: " in run.said and "16 of 16 responses are scored again: " in run.said
+    [fault] = json.loads((run.directory / "summary.json").read_text())["faults"]
+    assert (fault["what"], fault["replacement"]) == ("teacher 0", "teacher 1")
+    check_checkpoint(run)
     alone = step(run, load(models.knowing), lambda seen, log_p, log_q: forward_kl(log_p, log_q))
     assert abs(alone.grad_norm / run.metrics[0]["grad_norm"] - 1) > 100 * GRADIENT

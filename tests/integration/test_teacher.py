@@ -338,7 +338,7 @@ def test_score_batch_repeats_bit_for_bit(pool: TeacherPool, runner: asyncio.Runn
 
 def test_a_dead_engine_loses_no_rollout_and_is_replaced(pool: TeacherPool, runner: asyncio.Runner) -> None:
     def process_id() -> int:
-        return ray.get(pool._replicas[0].actor.__ray_call__.remote(lambda _: os.getpid()))
+        return ray.get(pool.pool.members[0].actor.__ray_call__.remote(lambda _: os.getpid()))
 
     dead = process_id()
     rollouts = [make_rollout(700 + i, 100, 200) for i in range(20)]
@@ -349,11 +349,17 @@ def test_a_dead_engine_loses_no_rollout_and_is_replaced(pool: TeacherPool, runne
         os.kill(dead, 9)
         return list(await asyncio.gather(*tasks))
 
+    async def replaced() -> None:
+        while len(pool.pool.serving) < 2:
+            await asyncio.sleep(0.1)
+
     signals = runner.run(kill_while_scoring())
     assert [signal.rows for signal in signals] == [200] * 20
-    # The batch waits for the replacement.
+    assert runner.run(pool.alive())[0] == 1
+    runner.run(asyncio.wait_for(replaced(), 120))
+    assert runner.run(pool.alive()) == [1, 2]
     repeated = runner.run(pool.score_batch(rollouts))
-    assert {signal.teacher for signal in repeated} == {0, 1}
+    assert {signal.teacher for signal in repeated} == {1, 2}
     assert process_id() != dead
 
 

@@ -22,15 +22,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2w import controller
 from s2w.actors.stopping import INTERRUPTED
 from s2w.cli import main
 from s2w.config.compose import compose
 from s2w.config.schema import Config
 from s2w.errors import ConfigError
+from s2w.launch.run_directory import ENTRIES
 from s2w.launch.train import train
 from s2w.learner.group import LearnerGroup, LearnerStep
 from s2w.records import Request, Rollout, Scored
+from s2w.rollout import publisher
 from s2w.rollout.pool import RemoteReceiver, RolloutPool
 from s2w.weights.publish import SwapReport
 
@@ -132,8 +133,8 @@ def whole(job: Callable[..., Run]) -> Run:
 def parts(job: Callable[..., Run]) -> list[Run]:
     """The same run, stopped in its first update, resumed, stopped in its second save, resumed."""
     interrupted = [
-        job("parts", "loop.steps=4", *DETERMINISTIC, stop=("step", 1)),
-        job("parts", "loop.steps=4", "run.resume=true", *DETERMINISTIC, stop=("save", 1)),
+        job("parts", "loop.steps=4", "run.resume=auto", *DETERMINISTIC, stop=("step", 1)),
+        job("parts", "loop.steps=4", "run.resume=auto", *DETERMINISTIC, stop=("save", 1)),
     ]
     return [*interrupted, job("parts", "loop.steps=4", "run.resume=true", *DETERMINISTIC, copies=True)]
 
@@ -141,6 +142,7 @@ def parts(job: Callable[..., Run]) -> list[Run]:
 def test_the_run_directory(whole: Run) -> None:
     names = {path.name for path in whole.directory.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "heldout.jsonl", "tensorboard", "checkpoints", "summary.json"} <= names
+    assert names <= set(ENTRIES)
     assert [line["step"] for line in whole.metrics] == [1, 2, 3, 4]
     summary = whole.summary
     assert [summary["heldout"][moment]["version"] for moment in ("before", "after")] == [0, 4]
@@ -223,6 +225,12 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(whole: Run, parts: 
     """Bit for bit, although a signal came while the ranks updated, and another while they saved."""
     directory = parts[-1].directory
     assert [line["step"] for line in parts[-1].metrics] == [1, 2, 3, 4]
+    # The summary is over all of its starts.
+    summary, segments = parts[-1].summary, json.loads((directory / "segments.json").read_text())
+    assert summary["swap_ms"] == sorted(line["swap_ms"] for line in parts[-1].metrics)[2]
+    assert summary["probe_error"] == max(line["probe_error"] for line in parts[-1].metrics)
+    assert len(segments) == 3
+    assert summary["wall_seconds"] == pytest.approx(sum(one["until"] - one["began"] for one in segments), abs=1.0)
     for name in ("loss", "grad_norm", "learning_rate", "response_tokens"):
         assert [line[name] for line in parts[-1].metrics] == [line[name] for line in whole.metrics]
     models = [
@@ -288,7 +296,7 @@ def hold_half_of_each_batch(patch: pytest.MonkeyPatch, size: int, longest: int) 
     begins, and three just before the swap after it, which comes when one of them has begun and is far from its end."""
     begun: defaultdict[tuple[str, int], asyncio.Event] = defaultdict(asyncio.Event)
     calls = 0
-    generate, step, publish = RolloutPool.generate, LearnerGroup.step, controller.publish
+    generate, update, publish = RolloutPool.generate, LearnerGroup.step, publisher.publish
 
     async def held(self: RolloutPool, request: Request) -> Rollout:
         nonlocal calls
@@ -299,9 +307,9 @@ def hold_half_of_each_batch(patch: pytest.MonkeyPatch, size: int, longest: int) 
                 await begun["learn" if position == 1 else "swap", batch].wait()
         return await generate(self, request)
 
-    async def telling(self: LearnerGroup, samples: list[Scored], number: int) -> LearnerStep:
-        begun["learn", number + 1].set()
-        return await step(self, samples, number)
+    async def telling(self: LearnerGroup, samples: list[Scored], step: int) -> LearnerStep:
+        begun["learn", step + 1].set()
+        return await update(self, samples, step)
 
     def lengths(engine: Any) -> list[int]:
         """Tokens so far of the responses under way."""
@@ -318,7 +326,7 @@ def hold_half_of_each_batch(patch: pytest.MonkeyPatch, size: int, longest: int) 
 
     patch.setattr(RolloutPool, "generate", held)
     patch.setattr(LearnerGroup, "step", telling)
-    patch.setattr(controller, "publish", timely)
+    patch.setattr(publisher, "publish", timely)
 
 
 def test_staleness_one_overlaps_and_stays_within_its_bound(

@@ -9,6 +9,7 @@ from qwen3_moe import moe_config
 
 from s2w.errors import ConfigError
 from s2w.models.parallel import check_parallel
+from s2w.plan.engine_memory import stage_layers
 
 
 def test_quantized_experts_as_vllm_takes_them() -> None:
@@ -33,3 +34,11 @@ def test_quantized_experts_as_vllm_takes_them() -> None:
         else:
             assert takes, (width, block, workers)
     assert (768, 32) in refused and (1536, 8) not in refused
+
+
+def test_layers_of_a_pipeline_stage_as_vllm_divides_them() -> None:
+    from vllm.distributed.utils import get_pp_indices
+
+    for layers, stages in itertools.product((28, 36, 47, 94), (1, 2, 3, 4, 8)):
+        ends = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+        assert stage_layers(layers, stages) == [stop - start for start, stop in ends], (layers, stages)

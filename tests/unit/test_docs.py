@@ -10,13 +10,18 @@ import pytest
 from test_rooms import ROOMS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md", *sorted(ROOT.glob("examples/*/README.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("CONTRIBUTING.md", "docs/architecture.md", "docs/cluster.md", "deploy/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 TABLES = {
     "objectives.md": ["objectives", "objective_settings", "divergences"],
     "metrics.md": ["metrics"],
+    "resume.md": ["resumable"],
     "signals.md": ["support"],
+    "data.md": ["columns", "tasks"],
 }
-PATH = re.compile(r"`((?:s2w|tests|docs|benchmarks|configs|examples|locks)/[\w./-]+)`")
+PATH = re.compile(r"`((?:s2w|tests|docs|benchmarks|configs|deploy|examples|locks)/[\w./-]+)`")
 FILE = re.compile(r"^\| `([\w./]+)` \|", re.MULTILINE)
 """A row of an example's table of files."""
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")

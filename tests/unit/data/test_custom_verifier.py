@@ -15,7 +15,7 @@ import pytest
 
 from s2w.data import verifiers
 from s2w.data.verifiers import check_verifier, is_custom, verify
-from s2w.errors import ConfigError
+from s2w.errors import ConfigError, VerifierError
 from s2w.records import Prompt
 
 MODULE = """
@@ -130,7 +130,7 @@ def test_what_is_no_verifier_is_refused_before_the_run(module: str, task: str, m
 def test_what_a_verifier_does_wrong_names_the_row(module: str, function: str, message: str) -> None:
     task = f"{module}:{function}"
     check_verifier(task)
-    with pytest.raises(ConfigError, match=rf"^Prompt 'own/train/7': its verifier {task} {message}"):
+    with pytest.raises(VerifierError, match=rf"^Prompt 'own/train/7': its verifier {task} {message}"):
         verify(prompt(task, wanted=8), "four")
 
 
@@ -158,9 +158,7 @@ def test_an_entry_point_of_an_installed_package(module: str, monkeypatch: pytest
             ConfigError, match=r"^task 'two' \(entry point own_task.scoring:two\): a verifier is called"
         ):
             check_verifier("two")
-        with pytest.raises(
-            ConfigError, match=r"'by_lenght'; did you mean 'by_length'\? A task is exact_match, math_ver"
-        ):
+        with pytest.raises(ConfigError, match=r"'by_lenght'; did you mean 'by_length'\? A verifier is exact_match, ma"):
             check_verifier("by_lenght")
     finally:
         verifiers._entry_points.cache_clear()
@@ -170,8 +168,10 @@ def test_an_unknown_task_is_told_what_there_is() -> None:
     with pytest.raises(ConfigError) as caught:
         check_verifier("exact_mach")
     assert str(caught.value).startswith("There is no verifier and no reasoning-gym task 'exact_mach'; did you mean 'ex")
-    assert "A task is exact_match, math_verify, the name of one of reasoning-gym's" in str(caught.value)
-    assert str(caught.value).endswith("tasks, or a function of your own as package.module:function")
+    assert "A verifier is exact_match, math_verify, one of reasoning-gym's" in str(caught.value)
+    assert str(caught.value).endswith("has all), or a function of your own as package.module:function")
+    with pytest.raises(ConfigError, match=r"reasoning-gym task 'sentiment': a verifier is"):
+        check_verifier("sentiment")
 
 
 def test_a_row_of_a_prompt_file_reaches_the_function(module: str) -> None:

@@ -16,9 +16,11 @@ from tiny_models import make_tokenizer
 
 from s2w.config.schema import Config, DataConfig
 from s2w.data.placeholders import context_columns, placeholders
-from s2w.data.prompts import build_prompts
+from s2w.data.prompts import TooFewPromptsError, build_prompts
+from s2w.data.stream import PromptStream
 from s2w.errors import ConfigError
 from s2w.models.modes import EMPTY_THINK_BLOCK
+from s2w.records import Prompt
 
 TOKENIZER = make_tokenizer()
 
@@ -26,6 +28,11 @@ TOKENIZER = make_tokenizer()
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def row(prompt: Prompt) -> int:
+    """Number of the file's row that a prompt is from."""
+    return int(prompt.uid.rpartition("/")[2])
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -70,7 +77,7 @@ def test_columns_that_a_teacher_reads_are_kept(tmp_path: Path) -> None:
     config.teachers = {"other": {"model": "m", "context": "{answer}"}}
     assert context_columns(config) == {"hint", "level"}
     train, _ = build_prompts(config.data, TOKENIZER, seed=0, columns=context_columns(config))
-    assert [prompt.metadata for prompt in train] == [{"hint": "double 0"}, {"hint": "double 1"}]
+    assert [prompt.metadata for prompt in train] == [{"hint": f"double {row(prompt)}"} for prompt in train]
 
 
 @pytest.mark.parametrize("template", ["{question", "{question.text}", "{}", "{answer:3}", "{answer!r}"])
@@ -97,28 +104,75 @@ def test_jsonl_and_parquet_give_the_same_prompts(tmp_path: Path) -> None:
         for path in (jsonl, parquet)
     ]
     [(train, heldout), (train_2, heldout_2)] = built
-    assert [prompt.uid for prompt in train] == [f"math_verify/train/{i}" for i in range(4)]
-    assert [prompt.uid for prompt in heldout] == ["math_verify/heldout/0", "math_verify/heldout/1"]
+    assert {prompt.uid.rpartition("/")[0] for prompt in train} == {"math_verify/train"}
+    assert {prompt.uid.rpartition("/")[0] for prompt in heldout} == {"math_verify/heldout"}
+    assert (len(train), sorted(map(row, train + heldout))) == (4, list(range(6)))
     for a, b in zip(train + heldout, train_2 + heldout_2, strict=True):
         assert (a.uid, a.messages, a.mode, a.answer, a.seed) == (b.uid, b.messages, b.mode, b.answer, b.seed)
         assert np.array_equal(a.token_ids, b.token_ids)
     assert train[1].messages[0] == {"role": "system", "content": "Add."}
-    assert [prompt.mode for prompt in train] == ["think", "no_think"] * 2
+    assert [prompt.mode for prompt in train] == [rows[row(prompt)]["mode"] for prompt in train]
 
 
 def test_prompt_column_soft_switch_and_own_system_message(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "4+4? /no_think"},
         {"prompt": [{"role": "system", "content": "Own."}, *user("5+5?")], "answer": 10},
-        {"prompt": "6+6?"},
     ]
-    data = DataConfig(path=write_jsonl(tmp_path / "p.jsonl", rows), heldout_prompts=1, system_prompt="Add.")
+    data = DataConfig(
+        path=write_jsonl(tmp_path / "p.jsonl", rows),
+        heldout_path=write_jsonl(tmp_path / "h.jsonl", [{"prompt": "6+6?"}]),
+        system_prompt="Add.",
+    )
     train, heldout = build_prompts(data, TOKENIZER, seed=0, modes=["think"])
     assert [prompt.mode for prompt in train] == ["no_think", "think"]
     assert [prompt.messages[0]["content"] for prompt in train + heldout] == ["Add.", "Own.", "Add."]
     assert (train[0].uid, train[0].task, train[0].answer) == ("p/train/0", "", None)
-    assert (train[1].uid, train[1].task, train[1].answer) == ("exact_match/train/1", "exact_match", "10")
-    assert heldout[0].uid == "p/heldout/0"
+    assert (train[1].uid, train[1].task, train[1].answer) == ("math_verify/train/1", "math_verify", "10")
+    assert heldout[0].uid == "h/heldout/0"
+
+
+def split(path: str, seed: int, heldout: int = 4) -> tuple[list[int], list[int]]:
+    train, held = build_prompts(DataConfig(path=path, heldout_prompts=heldout), TOKENIZER, seed=seed)
+    return [row(prompt) for prompt in train], [row(prompt) for prompt in held]
+
+
+def test_the_seed_draws_the_heldout_prompts_of_a_file(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i}+{i}?"} for i in range(20)])
+    train, heldout = split(path, seed=3)
+    assert (len(heldout), sorted(train + heldout), train) == (4, list(range(20)), sorted(train))
+    assert split(path, seed=3) == (train, heldout) != split(path, seed=4)
+    assert len({tuple(split(path, seed)[1]) for seed in range(5)}) == 5
+    # More of them are the same ones and others.
+    assert set(heldout) < set(split(path, seed=3, heldout=8)[1])
+
+
+def test_a_resumed_run_has_the_same_split(tmp_path: Path) -> None:
+    """The uids of the training prompts tell which rows are held out, and the stream's state knows them."""
+    data = DataConfig(
+        path=write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{i}+{i}?"} for i in range(20)]), heldout_prompts=4
+    )
+    first, again, other = (build_prompts(data, TOKENIZER, seed)[0] for seed in (3, 3, 4))
+    state = PromptStream(first, 4, seed=3).state_dict()
+    assert PromptStream(again, 4, 3, state).next_batch()[0].uid == PromptStream(first, 4, 3).next_batch()[0].uid
+    with pytest.raises(ConfigError, match="its fingerprint was"):
+        PromptStream(other, 4, 3, state)
+
+
+def test_repetitions_of_a_prompt_stay_on_one_side(tmp_path: Path) -> None:
+    """In whatever mode, and however they ask for it."""
+    texts = ("{}+{}?", "{}+{}? /think", "/no_think {}+{}?", "{}+{}?  ")
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": text.format(i, i)} for text in texts for i in range(5)])
+    for seed in range(5):
+        heldout = split(path, seed)[1]
+        assert len(heldout) == 4 and len({number % 5 for number in heldout}) == 1
+    # One more than a prompt has repetitions takes a second prompt.
+    assert len(split(path, seed=0, heldout=5)[1]) == 8
+    with pytest.raises(TooFewPromptsError, match=r"has 20 prompts \(5 different ones\), too few to hold out 17"):
+        split(path, seed=0, heldout=17)
+    # Other earlier turns, or another system message, are another prompt.
+    told = [{"messages": [{"role": "system", "content": str(i)}, *user("2+2?")]} for i in range(4)]
+    assert len(split(write_jsonl(tmp_path / "told.jsonl", told), seed=0, heldout=1)[1]) == 1
 
 
 def test_heldout_prompts_that_are_trained_on_are_left_out(tmp_path: Path) -> None:

@@ -49,6 +49,26 @@ def test_exact_match() -> None:
     assert verify(prompt("exact_match", "New York"), "York") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("reference", "text", "score"),
+    [
+        ("New York", "The answer is New York.", 1.0),
+        ("New York", r"\boxed{\text{New York}}", 1.0),
+        ("Paris", "<answer>Paris</answer>", 1.0),
+        ("Paris", "Lyon", 0.0),
+        ("1/2", "<answer>0.5</answer>", 1.0),
+        ("1,000", "That makes 1000", 1.0),
+        ("4", "We have 3 and 4", 1.0),
+        ("A", r"\boxed{B}", 0.0),
+        # As expressions these are equal: the same letters, multiplied.
+        ("no", r"\boxed{on}", 0.0),
+        ("left side", r"\boxed{felt dies}", 0.0),
+    ],
+)
+def test_math_verify_takes_words_for_words(reference: str, text: str, score: float) -> None:
+    assert verify(prompt("math_verify", reference), text) == score
+
+
 def test_math_verify_in_any_thread() -> None:
     results: list[float] = []
 

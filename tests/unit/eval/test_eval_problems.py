@@ -106,7 +106,7 @@ def test_choices_are_shuffled_and_the_answer_is_the_letter(tmp_path: Path) -> No
         (["eval.tasks=[chain_summ]"], "There is no reasoning-gym task 'chain_summ'; did you mean 'chain_sum'?"),
         ([], "set one of eval.tasks and eval.path"),
         (["eval.tasks=[chain_sum]", "eval.path=x.jsonl"], "set one of eval.tasks and eval.path, not both"),
-        (["eval.path=FILE"], "row 0, has no 'prompt' (eval.prompt_column); its columns are: problem, solution, answer"),
+        (["eval.path=FILE"], "line 1, has neither `messages` nor `prompt`: name another column in eval.p"),
         (["eval.path=FILE", "eval.prompt_column=problem", "eval.answer_column=gold"], "has no 'gold' (eval.answer_co"),
         (["eval.path=/no/such.jsonl"], "There is no prompt file '/no/such.jsonl'"),
         (["eval.path='hf://data/x'"], "write hf://datasets/OWNER/NAME/FILE"),

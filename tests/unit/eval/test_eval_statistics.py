@@ -12,6 +12,8 @@ from s2w.eval.statistics import (
     bootstrap,
     bootstrap_token_mean,
     bootstrap_token_mean_change,
+    gap_closed,
+    paired_change,
     pass_at_k,
     wilson,
 )
@@ -111,3 +113,48 @@ def test_a_change_is_judged_in_pairs() -> None:
         bootstrap_token_mean_change(before, ([1.0], [1]), seed=0)
     with pytest.raises(ValueError, match="no responses"):
         bootstrap_token_mean([], [], seed=0)
+
+
+def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], list[bool]]:
+    pairs = [(True, True)] * both + [(True, False)] * lost + [(False, True)] * gained + [(False, False)] * neither
+    before, after = zip(*pairs, strict=True)
+    return list(before), list(after)
+
+
+def test_few_problems_tell_little() -> None:
+    """Four of four gained has p = 2 / 2^4; without any change the interval is that of an unseen change."""
+    all_gained = paired_change(*outcomes(0, 0, 4, 0))
+    assert (all_gained.value, all_gained.low) == (1.0, 0.0) and all_gained.high >= 1.0
+    assert paired_change(*outcomes(0, 0, 6, 0)).low > 0
+    for size, most in ((4, 0.5), (64, 0.06), (1000, 0.004)):
+        unchanged = paired_change(*outcomes(0, 0, 0, size))
+        assert unchanged.value == 0 and unchanged.high == -unchanged.low == pytest.approx(wilson(0, size).high)
+        assert unchanged.high < most
+
+
+def test_a_paired_change_turned_around_is_its_negative() -> None:
+    one, other = paired_change(*outcomes(20, 3, 14, 27)), paired_change(*outcomes(20, 14, 3, 27))
+    assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
+    assert one.value == pytest.approx(11 / 64) and 0 < one.low < one.value < one.high < 0.31
+
+
+def test_paired_intervals_cover_the_change() -> None:
+    draw = np.random.default_rng(0)
+    chances = np.array([0.3, 0.05, 0.2, 0.45])
+    covered = 0
+    for counts in draw.multinomial(64, chances, 1000):
+        interval = paired_change(*outcomes(*counts.tolist()))
+        covered += interval.low <= chances[2] - chances[1] <= interval.high
+    assert 0.93 < covered / 1000 < 0.99
+
+
+def test_how_much_of_a_gap_was_closed() -> None:
+    before, best = [0.0] * 40, [1.0] * 40
+    closed = gap_closed(before, [1.0] * 30 + [0.0] * 10, best, 0)
+    # As many ways to draw as for a share: the normal interval of 30 in 40 is 0.616 to 0.884.
+    assert closed.value == 0.75 and (closed.low, closed.high) == pytest.approx((0.616, 0.884), abs=0.03)
+    assert gap_closed(before, before, best, 0).high == 0.0
+    # With one prompt that parts the teacher from the student some resamples have no gap.
+    assert gap_closed([0.0] * 4, [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], 0).value == 1.0
+    with pytest.raises(ValueError, match="no gap"):
+        gap_closed(before, best, before, 0)

@@ -75,7 +75,7 @@ TRAIN = [
     ("student.model=MODELS/mixed", "names 'model.safetensors', but the tensor 'another.weight' is not in it"),
     ("data={tasks: [], path: FILES/binary.jsonl}", "binary.jsonl' is not UTF-8 text: invalid start byte, 0xff"),
     ("data={tasks: [], path: FILES/binary.parquet}", "binary.parquet' is not a complete Parquet file"),
-    ("data={tasks: [], path: FILES/empty.jsonl, heldout_prompts: 1}", "heldout row 0: the prompt is empty"),
+    ("data={tasks: [], path: FILES/empty.jsonl, heldout_prompts: 1}", "empty.jsonl', line 2: the prompt is empty"),
     ("off_policy={steps: 1, path: FILES/binary.jsonl}", "binary.jsonl' is not UTF-8 text"),
     ("off_policy={steps: 1, path: FILES/binary.parquet}", "binary.parquet' is not a complete Parquet file"),
     ("off_policy={steps: 1, path: FILES/file}", "file' must end in .jsonl, .parquet or .csv"),
@@ -97,7 +97,7 @@ EVAL = [
     ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3 does not divide the 4 attention heads"),
     ("eval={tasks: [], path: FILES/latin.csv}", "latin.csv' is not UTF-8 text"),
     ("eval={tasks: [], path: FILES/none.csv}", "none.csv' contains no prompts"),
-    ("eval={tasks: [], path: FILES/empty.jsonl}", "row 1: its 'prompt' (eval.prompt_column) is empty"),
+    ("eval={tasks: [], path: FILES/empty.jsonl}", "empty.jsonl', line 2: the prompt is empty"),
     ("eval.output=FILES", "is a directory: write the name of a file"),
     ("cluster.address=127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
 ]

@@ -13,6 +13,7 @@ from s2w.config.compose import compose, to_yaml
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
 from s2w.launch.check import check, check_resources
+from s2w.launch.phases import last_checkpoint
 from s2w.models.modes import EMPTY_THINK_BLOCK
 from s2w.records import Mode
 
@@ -134,9 +135,28 @@ def test_run_directory_belongs_to_one_configuration(overrides: list[str]) -> Non
         check(config)
     again = replace(config, run=replace(config.run, resume=True), loop=replace(config.loop, steps=200))
     check(again)
+    check(replace(again, run=replace(config.run, resume="auto")))
     other = replace(again, learner=replace(config.learner, learning_rate=0.5))
     with pytest.raises(ConfigError, match=r"belongs to a run with learner\.learning_rate=1e-05, not 0\.5"):
         check(other)
+    # Of a version without a section; what is in it may change.
+    stored = to_yaml(config)
+    (directory / "config.yaml").write_text(stored[: stored.index("plan:\n")] + stored[stored.index("run:\n") :])
+    check(again)
+
+
+def test_resume_auto_starts_a_run_where_there_is_none(overrides: list[str]) -> None:
+    config = compose([*overrides, "run.resume=auto"])
+    check(config)
+    with pytest.raises(ConfigError, match=r"run\.resume=atuo: must be one of false, true, auto"):
+        check(compose([*overrides, "run.resume=atuo"]))
+    # What is there decides where it starts.
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    assert last_checkpoint(config, checkpoints) is None
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").symlink_to("step_000003")
+    assert last_checkpoint(config, checkpoints) == checkpoints / "step_000003"
+    assert last_checkpoint(compose(overrides), checkpoints) is None
 
 
 def test_resources_are_counted(overrides: list[str]) -> None:

@@ -130,8 +130,11 @@ def test_grpo_needs_answers(base: Config) -> None:
     prompt = Prompt("file/train/3", (), np.zeros(1, np.int32), "think", 0)
     models = check(config)
     assert check_prompts(config, models, [replace(prompt, task="chain_sum")]) == {}
-    with pytest.raises(ConfigError, match="'file/train/3' has neither `task` nor `answer`"):
+    with pytest.raises(ConfigError, match="'file/train/3' has no verifier: its row has neither `task` nor `answer`"):
         check_prompts(config, models, [replace(prompt, task="chain_sum"), prompt])
+    config = changed(config, "data.verifier=null", "data.tasks=[]", "data.path=x")
+    with pytest.raises(ConfigError, match=r"'f', line 4 has an `answer` and no `task`: write data.verifier=math_ver"):
+        check_prompts(config, models, [replace(prompt, place="'f', line 4", answer="1")])
 
 
 @pytest.mark.parametrize("way", ["divergence", "log_probs"])

@@ -77,7 +77,23 @@ def test_other_end_of_response_is_reported(tied: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 506}))
     notes = compare_tokenizers(read_checkpoint(str(tied)), read_checkpoint(str(tmp_path))).notes
     assert len(notes) == 1
-    assert "<|im_end|> for the teacher and at <|endoftext|> for the student" in notes[0]
+    # The chat template ends a turn in its own way, whatever the file says.
+    assert "<|im_end|> for the teacher and at <|im_end|> or <|endoftext|> for the student" in notes[0]
+
+
+def test_the_end_of_a_turn_ends_a_response(tied: Path, tmp_path: Path) -> None:
+    """A base model states the end of a document alone."""
+    make_checkpoint(tmp_path, "tied", seed=0)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 506}))
+    assert read_checkpoint(str(tmp_path)).eos_token_ids == (508, 506)
+    for template in (
+        "{{ messages[0].content }}",  # nothing after an assistant's message
+        "{% for message in messages %}{{ message.content }} {% endfor %}",
+        "{% for message in messages %}{{ message.content }}</think>{% endfor %}",  # no special token
+        "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}x",
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        assert read_checkpoint(str(tmp_path)).eos_token_ids == (506,)
 
 
 def test_first_differing_token_is_named(tied: Path, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def test_keep_layers_out_of_range(tied: Path, tmp_path: Path, keep: int) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_fresh_depends_on_the_seed_alone(tied: Path, tmp_path: Path) -> None:
+def test_fresh_depends_on_the_seed_alone(tied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
     student = fresh(tied, num_hidden_layers=3, hidden_size=64)
     state = torch.get_rng_state()
     weights = []
@@ -134,6 +135,7 @@ def test_fresh_depends_on_the_seed_alone(tied: Path, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path / "a")
     assert (config.num_hidden_layers, len(config.layer_types), config.hidden_size) == (3, 3, 64)
     assert AutoTokenizer.from_pretrained(tmp_path / "a").eos_token == "<|im_end|>"
+    assert capsys.readouterr() == ("", "")  # No bar, and no warning of tied weights.
 
 
 def test_fresh_refuses_bad_overrides(tied: Path, tmp_path: Path) -> None:

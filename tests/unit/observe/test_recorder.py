@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,26 @@ from s2w.observe.timeline import Timeline
 from s2w.records import Heldout, HeldoutResponse, HeldoutSample
 
 
-def heldout(version: int) -> Heldout:
+def heldout(version: int | None) -> Heldout:
+    if version is None:
+        return Heldout(None, 0.0, 0.0, 100, 10.0)
     return Heldout(version, 2.0 / (version + 1), math.nan if version == 9 else 1.0, 100, 10.0)
 
 
 def recorder(directory: Path, step: int) -> Recorder:
-    return Recorder(directory, step=step, off_policy_step=0, config={}, tensorboard=True, wandb=None, name="test")
+    return Recorder(
+        directory,
+        step=step,
+        off_policy_step=0,
+        config={},
+        tensorboard=True,
+        wandb=None,
+        name="test",
+        began=time.time() - 100.0,
+    )
 
 
-def evaluate(recorder: Recorder, version: int) -> None:
+def evaluate(recorder: Recorder, version: int | None) -> None:
     recorder.heldout(
         heldout(version),
         [HeldoutResponse(version, "a/0", "think", 10, 2.0, 1.0, None, True, False)],
@@ -74,3 +86,35 @@ def test_evaluations_read_back(tmp_path: Path, version: int) -> None:
     assert repr(again) == repr(heldout(version))
     first.close()
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_teachers_evaluation_stands_apart_and_is_made_once(tmp_path: Path) -> None:
+    first = recorder(tmp_path, 0)
+    assert first.teacher_evaluation() is None
+    evaluate(first, None)
+    evaluate(first, 0)
+    first.close()
+    resumed = recorder(tmp_path, 0)
+    assert resumed.teacher_evaluation() == heldout(None)
+    assert [result.version for result in resumed.evaluations()] == [0]
+    for name in ("heldout", "heldout_responses", "samples"):
+        [line] = (tmp_path / "teacher_heldout" / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(line)["version"] is None
+    # One that was not written completely is made again, and leaves nothing twice.
+    (tmp_path / "teacher_heldout" / "heldout.jsonl").unlink()
+    again = recorder(tmp_path, 0)
+    assert again.teacher_evaluation() is None
+    evaluate(again, None)
+    assert len((tmp_path / "teacher_heldout" / "samples.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_time_of_all_starts(tmp_path: Path) -> None:
+    """Each began 100 s before its recorder; the first was killed, 5 s after its last record."""
+    evaluate(recorder(tmp_path, 0), 0)
+    path = tmp_path / "segments.json"
+    [first] = json.loads(path.read_text())
+    assert 100 <= first["until"] - first["began"] < 110
+    path.write_text(json.dumps([{"began": first["began"] - 5.0, "until": first["until"] - 5.0}]))
+    second = recorder(tmp_path, 0)
+    assert 200 <= second.wall_seconds < 220
+    assert len(json.loads(path.read_text())) == 2 and not list(tmp_path.glob("*.partial"))

@@ -28,8 +28,11 @@ FLAGS = (
     "--disable-sync",
     "--enable-logging=stderr",
     "--virtual-time-budget=5000",
+    "--window-size=1280,800",
     "--dump-dom",
 )
+SCREEN = 800
+"""Height of a small one, in pixels."""
 PICTURES = ("kl", "quality", "lanes", "speed", "off_policy", "on_policy")
 PROBE = """
 <script>
@@ -49,12 +52,15 @@ addEventListener("load", () => {
       return [figure.id, [image.naturalWidth, image.clientWidth]];
     })),
     hint: document.getElementById("hint").textContent,
-    pairs: all(".mode").map(mode => [mode.dataset.mode, [...mode.querySelectorAll(".sample")].map(
-      sample => ["before", "after"].map(side => sample.querySelector(`.${side} pre`).textContent))]),
+    triples: all(".mode").map(mode => [mode.dataset.mode, [...mode.querySelectorAll(".sample")].map(
+      sample => ["before", "after", "teacher"].map(side => sample.querySelector(`.${side} pre`).textContent))]),
     filters: all("#filters .filter").map(row => [...row.cells].map(cell => cell.textContent)),
     comparison: all("#comparison tr").map(row => [...row.cells].map(cell => cell.textContent)),
     busy: all("#busy tr").map(row => row.cells[0].textContent),
     verdict: all("#verdict li").map(line => line.className),
+    answer: document.getElementById("answer").textContent,
+    first_screen: ["answer", "comparison", "verdict"].map(
+      id => document.getElementById(id).getBoundingClientRect().bottom),
     wide: document.documentElement.scrollWidth > document.documentElement.clientWidth,
     requests: performance.getEntriesByType("resource").map(entry => entry.name).filter(url => !url.startsWith("data:")),
   };
@@ -78,21 +84,27 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     assert found["hint"].startswith("rollout engine 0, step 9, 4.00 s")
     assert found["unfolded"] and not found["wide"] and not found["requests"]
 
-    assert found["verdict"] == ["better", "better", "better", "unclear"]
+    assert found["answer"].startswith("Was this run good? Yes.")
+    assert max(found["first_screen"]) < SCREEN
+    assert found["verdict"] == ["better", "better", "better", "unclear", "better"]
     head, *rows = found["comparison"]
-    assert [cell for cell in head if "version" in cell] == ["version 0", "version 12"]
-    first = rows[0]
-    assert first[:2] == ["forward KL, nats/token", "all"]
-    for cell in first[2:]:
-        assert re.fullmatch(r"[+-]?\d\.\d{4} \[[+-]?\d\.\d{4}, [+-]?\d\.\d{4}\]", cell), cell
+    assert [cell for cell in head if "version" in cell] == ["beforeversion 0", "afterversion 12"]
+    for row, digits in ((rows[0], 3), (rows[1], 4)):
+        name, prompts, *cells = [cell.strip() for cell in row]
+        assert (name, prompts) == ("accuracy" if digits == 3 else "forward KL, nats/token", "128")
+        number = rf"[+-]?\d\.\d{{{digits}}}"
+        for cell in cells[: 4 if digits == 3 else 3]:
+            assert re.fullmatch(rf"{number} \[{number}, {number}\]", cell), cell
+    assert rows[1][-1].strip() == "–"  # The teacher's KL to itself.
     assert found["busy"][1:] == ["rollout engine 0", "rollout engine 1", "teacher 0", "learner", "swap"]
 
-    assert [mode for mode, _ in found["pairs"]] == ["think", "no_think"]
-    for mode, pairs in found["pairs"]:
-        assert len(pairs) == SAMPLES
-        for before, after in pairs:
+    assert [mode for mode, _ in found["triples"]] == ["think", "no_think"]
+    for mode, triples in found["triples"]:
+        assert len(triples) == SAMPLES
+        for before, after, teacher in triples:
             # As written, markup and think tags too.
             assert "The answer is 0. <script>" in before and "The answer is 12. <script>" in after
+            assert "The answer is None. <script>" in teacher
             assert before.startswith("<think>") == (mode == "think")
     assert found["filters"] == [
         [f"– {name}", *{"truncated": ("7", "14.0 %"), "wrong": ("3", "6.0 %")}.get(name, ("0", "0.0 %"))]

@@ -15,7 +15,7 @@ def rollout(uid: str, sample: int, prompt: int, response: int) -> Rollout:
 
 
 def test_samples_of_a_prompt_stay_together_until_their_queue_outgrows_the_prompt():
-    dispatcher = Dispatcher(2)
+    dispatcher = Dispatcher()
     # Replica 0 takes the prompt (100 + 60 tokens). Then it has 160 + 60 to do, against 0 + 160 at replica 1.
     assert dispatcher.assign(rollout("a", 0, 100, 60), [0, 1]) == (0, 160)
     assert dispatcher.assign(rollout("a", 1, 100, 60), [0, 1]) == (1, 160)
@@ -29,7 +29,7 @@ def test_samples_of_a_prompt_stay_together_until_their_queue_outgrows_the_prompt
 
 
 def test_a_replaced_replica_holds_no_prefix_and_a_dead_one_gets_nothing():
-    dispatcher = Dispatcher(2)
+    dispatcher = Dispatcher()
     index, tokens = dispatcher.assign(rollout("a", 0, 100, 1), [0, 1])
     dispatcher.release(index, tokens)
     assert dispatcher.assign(rollout("a", 1, 100, 1), [1]) == (1, 101)

@@ -78,7 +78,7 @@ def test_a_response_is_whole_only_if_it_says_so(checkpoint: str, tmp_path: Path,
     ends = [r.token_ids[-1] in models.teacher.eos_token_ids for r in read_dataset(config, models)]
     assert ends == [True, True, False, False]
     path.write_text(json.dumps(rows[0] | {"finish_reason": "eos"}) + "\n")
-    with pytest.raises(ConfigError, match=r"row 0 has finish_reason 'eos': write one of stop, length, abort, error"):
+    with pytest.raises(ConfigError, match=r"line 1 has finish_reason 'eos': write one of stop, length, abort, error"):
         read_dataset(config, models)
 
 
@@ -96,9 +96,11 @@ def test_the_teacher_is_asked_in_every_mode(checkpoint: str, tmp_path: Path, mod
     assert Counter(prompt.mode for prompt in prompts) == {"think": 4, "no_think": 4}
     assert len({prompt.uid for prompt in prompts}) == 4
     # A prompt that says its own mode is asked in that one only.
-    rows = [{"prompt": "1+1? /no_think"}, {"prompt": "2+2?", "mode": "think"}, {"prompt": "3+3?"}, {"prompt": "held"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = ["data.tasks=[]", f"data.path={tmp_path / 'rows.jsonl'}", "data.heldout_prompts=1"]
+    rows = [{"prompt": "1+1? /no_think"}, {"prompt": "2+2?", "mode": "think"}, {"prompt": "3+3?"}]
+    files = {"path": rows, "heldout_path": [{"prompt": "held"}]}
+    for setting, part in files.items():
+        (tmp_path / f"{setting}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    overrides = ["data.tasks=[]", *(f"data.{setting}={tmp_path / setting}.jsonl" for setting in files)]
     prompts = teacher_prompts(settings(checkpoint, tmp_path, *overrides), models.student.tokenizer)
     assert Counter((prompt.messages[0]["content"], prompt.mode) for prompt in prompts) == {
         ("1+1? /no_think", "no_think"): 1, ("2+2?", "think"): 1, ("3+3?", "think"): 1, ("3+3?", "no_think"): 1,
@@ -138,7 +140,7 @@ def test_ready_responses(checkpoint: str, tmp_path: Path, models: ModelPair, fil
         (r.prompt.mode, tokenizer.decode(r.prompt.token_ids.tolist()), tokenizer.decode(r.token_ids.tolist()))
         for r in found
     ] == [(mode, prompt, text + "<|im_end|>") for mode, prompt, text in expected]
-    assert [(r.prompt.task, r.prompt.answer) for r in found[:2]] == [("", None), ("exact_match", "2")]
+    assert [(r.prompt.task, r.prompt.answer) for r in found[:2]] == [("", None), ("math_verify", "2")]
     assert len({r.key for r in found}) == len(rows)
 
 
@@ -164,5 +166,5 @@ def test_rows_that_are_no_responses(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(ConfigError, match=rf"rows\.jsonl', row 1.*{sentence}"):
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl', line 2.*{sentence}"):
         read_dataset(settings(checkpoint, tmp_path / "run", f"off_policy.path={path}"), models)
