@@ -34,7 +34,7 @@ SUSPECT = 2
 FIRST_BACKOFF_S = 1.0
 """Seconds before the second try to start a replacement; four times as long before each further one."""
 
-State = Literal["starting", "loaded", "serving", "gone"]
+State = Literal["starting", "loaded", "serving"]
 
 
 class Actors(Protocol):
@@ -106,7 +106,9 @@ class Pool:
         on_fault: Callable[[Fault], None] = lambda fault: None,
     ) -> None:
         self.name = name
-        self._actors, self._at_once, self._cluster = actors, QUEUE_DEPTH * sequences, cluster
+        self._actors, self._cluster = actors, cluster
+        self.at_once = QUEUE_DEPTH * sequences
+        """Requests that a member has at most."""
         self._on_fault = on_fault
         self._watcher: Watcher | None = None
         self._waiting: deque[_Waiting] = deque()
@@ -294,7 +296,6 @@ class Pool:
 
     def _remove(self, member: Member) -> None:
         """Takes a member out of the pool."""
-        member.state = "gone"
         self.members.remove(member)
         self._actors.forget(member.number)
         if member.beat is not None and member.beat is not asyncio.current_task():
@@ -367,7 +368,7 @@ class Pool:
         """Gives what waits to the members that have room, the oldest first."""
         kept: list[_Waiting] = []
         while self._waiting:
-            room = [member for member in self.serving if member.requests < self._at_once]
+            room = [member for member in self.serving if member.requests < self.at_once]
             if not room:
                 break
             waiting = self._waiting.popleft()

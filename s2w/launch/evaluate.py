@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.calls import each
 from s2w.actors.failures import reported
-from s2w.actors.pool import QUEUE_DEPTH
 from s2w.actors.stopping import run_stoppable
 from s2w.config.bounds import check_bounds
 from s2w.config.schema import EvalRun
@@ -174,9 +173,8 @@ async def _sample(
     progress: Progress,
 ) -> None:
     """Samples the responses that are missing."""
-    config = run.rollout
     async with serving(
-        config,
+        run.rollout,
         ModelReference.of(checkpoint.reference, run.revision),
         name="rollout engine",
         device=device,
@@ -193,9 +191,4 @@ async def _sample(
                 kept.add(request, rollout)
                 count.add(len(rollout.token_ids))
 
-            await each(
-                missing,
-                lambda request: pool.generate(requests[request]),
-                at_once=QUEUE_DEPTH * config.engines * config.max_sequences,
-                done=done,
-            )
+            await each(missing, lambda request: pool.generate(requests[request]), at_once=pool.at_once, done=done)

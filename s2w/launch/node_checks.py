@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 import psutil
 from huggingface_hub import constants
 
+from s2w.launch.nodes import default_object_store
+
 Level = Literal["ok", "note", "FAIL"]
 """FAIL: a run would not start, or would die of it. note: it would run worse, or parts of it would not."""
 
@@ -39,7 +41,7 @@ REACH_S = 3
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the doctor's."""
+    """The result of a check, which is printed as one line."""
 
     level: Level
     check: str
@@ -66,7 +68,7 @@ def check_node(expected: Expected) -> list[Finding]:
     """Everything that a node can say about itself, in the order of printing."""
     found = [*check_driver(expected.gpus), *check_network(os.environ)]
     memory = shutil.disk_usage("/dev/shm")
-    store = expected.object_store or int(0.3 * psutil.virtual_memory().total)
+    store = expected.object_store or default_object_store(psutil.virtual_memory().total)
     found.append(check_shared_memory(memory.total, memory.free, store, running=expected.object_store is not None))
     cache = Path(constants.HF_HUB_CACHE)
     places = {"Ray's files": Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())), "model cache": cache}

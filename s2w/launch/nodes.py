@@ -93,7 +93,7 @@ def _described(settings: NodeSettings, copy: int, gpu_memory_gib: float | None, 
     memory = _bytes(settings.memory_gib)
     store = _bytes(settings.object_store_gib)
     if store is None and memory is not None:
-        store = min(int(STORE_SHARE * memory), STORE_LIMIT)
+        store = default_object_store(memory)
     return Machine(
         Node(
             f"{settings.name}{copy}" if settings.count > 1 else settings.name, settings.gpus, settings.cpus or math.inf
@@ -127,6 +127,11 @@ def _of_ray(node: dict[str, Any], free: dict[str, float], gpu_memory_gib: float 
         None,
         store or None,
     )
+
+
+def default_object_store(memory: int) -> int:
+    """Bytes that Ray gives its object store on a node of ``memory`` bytes, unless it is told otherwise."""
+    return min(int(STORE_SHARE * memory), STORE_LIMIT)
 
 
 def _bytes(gib: float | None) -> int | None:

@@ -56,6 +56,11 @@ class RolloutPool:
         self._version = 0
         self.pool = Pool(name, config.engines, self, sequences=config.max_sequences, cluster=cluster, on_fault=on_fault)
 
+    @property
+    def at_once(self) -> int:
+        """Requests that all engines have together at most: with as many under way, none waits for the next."""
+        return self.config.engines * self.pool.at_once
+
     def create(self, number: int, slot: int) -> Any:
         """See :class:`s2w.actors.pool.Actors`."""
         return self._actor.remote(self.config, number, *self._arguments)

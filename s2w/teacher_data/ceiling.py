@@ -57,7 +57,7 @@ class Ceiling:
         return data.max_prompt_tokens + max(0, self._context_tokens.get(name, 0)) + rollout.max_tokens
 
     async def measure_with(self, pool: RolloutPool) -> None:
-        """What engines of the first teacher, which are up for something else, are good for."""
+        """Evaluates the first teacher with engines that are up for something else, if that is wanted."""
         wanted = self._config.loop.eval_teacher
         if wanted is None:
             wanted = all(name == DEFAULT for name, _ in self._prompts)
@@ -66,7 +66,7 @@ class Ceiling:
             await self._record()
 
     async def measure(self) -> None:
-        """What is still to be measured of ``loop.eval_teacher=true``: a pool for each teacher, one after the other."""
+        """With ``loop.eval_teacher=true``, evaluates the teachers that are left, each with its own pool, in turn."""
         if not self._config.loop.eval_teacher or not self._due():
             return
         for name, teacher in teacher_settings(self._config).items():

@@ -79,7 +79,7 @@ async def collect(
 
     Args:
         device: the engines', cuda or cpu.
-        ceiling: what else engines that generate are used for; None for nothing.
+        ceiling: the held-out evaluation of the teacher, made with the engines that generate; None for none.
 
     Raises:
         ConfigError: the dataset cannot be read, or nothing passes the filters; the message shows the table.

@@ -80,7 +80,7 @@ async def generate(
     If interrupted, it first writes what is finished.
 
     Args:
-        ceiling: what the engines generate first, while they are up; None for nothing.
+        ceiling: the held-out evaluation of the teacher, which these engines make first; None for none.
     """
     off = config.off_policy
     there = store.keys()
@@ -118,8 +118,7 @@ async def generate(
             if config.run.deterministic:
                 await write_in_batches(pool, requests, writer)
             else:
-                # Twice what the engines run at once, so that none waits for a request.
-                await write(pool, requests, 2 * settings.engines * settings.max_sequences, writer)
+                await write(pool, requests, writer)
 
 
 class ShardWriter:
@@ -164,10 +163,10 @@ class ShardWriter:
         self.countdown.say(f"{self.written:,} of {self.countdown.total:,} responses written")
 
 
-async def write(pool: RolloutPool, requests: Sequence[Request], at_once: int, writer: ShardWriter) -> None:
-    """Generates the responses, ``at_once`` at a time; however it ends, all finished ones are written."""
+async def write(pool: RolloutPool, requests: Sequence[Request], writer: ShardWriter) -> None:
+    """Generates the responses; however it ends, all finished ones are written."""
     try:
-        await each(requests, pool.generate, at_once=at_once, done=lambda _, rollout: writer.add(rollout))
+        await each(requests, pool.generate, at_once=pool.at_once, done=lambda _, rollout: writer.add(rollout))
     finally:
         writer.flush()
 
