@@ -7,8 +7,8 @@ UV := .venv/bin/uv
 KUSTOMIZE ?= kubectl kustomize
 export S2W_HOME ?= $(HOME)/.cache/s2w
 
-.PHONY: setup lock quickstart smollm2 table21 test test-unit test-integration test-long check-packaging docs lint format \
-	render-deploy
+.PHONY: setup lock quickstart smollm2 table21 test test-unit test-integration test-long test-gpu check-packaging docs lint \
+	format render-deploy
 
 setup: .venv/ready
 
@@ -49,6 +49,11 @@ test-integration: setup
 
 test-long: setup
 	$(PY) -m pytest -m long tests/long
+
+# On a machine with GPUs, in an environment made from locks/gpu.txt: `make test-gpu PY=python`. Tests that need more
+# GPUs than there are say so.
+test-gpu:
+	$(PY) -m pytest -s tests/gpu
 
 check-packaging: setup
 	$(PY) -m pytest tests/packaging/check_packaging.py

@@ -102,11 +102,12 @@ class Pool:
         actors: Actors,
         *,
         sequences: int,
+        in_turn: bool = False,
         cluster: ClusterConfig,
         on_fault: Callable[[Fault], None] = lambda fault: None,
     ) -> None:
         self.name = name
-        self._actors, self._cluster = actors, cluster
+        self._actors, self._cluster, self._in_turn = actors, cluster, in_turn
         self.at_once = QUEUE_DEPTH * sequences
         """Requests that a member has at most."""
         self._on_fault = on_fault
@@ -130,7 +131,8 @@ class Pool:
             RuntimeError: a member could not be placed or could not load.
         """
         self._watcher = watcher
-        answers = await self._load(self.members, timeout_s)
+        together = [[member] for member in self.members] if self._in_turn else [self.members]
+        answers = [answer for members in together for answer in await self._load(members, timeout_s)]
         for member in self.members:
             self._serve(member)
         return answers

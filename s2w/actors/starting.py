@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -35,6 +35,19 @@ class Watcher(Protocol):
 
     def warn(self, text: str) -> None:
         """A sentence about an actor that died, and what is done about it."""
+
+
+async def start_all(starts: Mapping[str, Callable[[], Coroutine[Any, Any, Any]]], in_turn: bool) -> dict[str, Any]:
+    """Starts parts at once and waits for all; returns what each start returned.
+
+    Args:
+        in_turn: one after the other: parts that share a GPU, since vLLM measures what is free on it while it starts.
+    """
+    if in_turn:
+        return {name: await start() for name, start in starts.items()}
+    async with asyncio.TaskGroup() as group:
+        tasks = {name: group.create_task(start()) for name, start in starts.items()}
+    return {name: task.result() for name, task in tasks.items()}
 
 
 def answering(actor: type) -> Any:

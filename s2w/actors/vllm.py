@@ -27,10 +27,10 @@ SHUTDOWN_S = 10
 """Seconds that an actor may take to end its engine before it is killed."""
 
 
-def actor_options(device: str, cpus: float, world: int, verbose: bool = False) -> dict[str, Any]:
+def actor_options(device: str, cpus: float, world: int, gpus: float = 1.0, *, verbose: bool = False) -> dict[str, Any]:
     """Ray options of an actor whose engine spans ``world`` workers (tensor x pipeline parallel).
 
-    vLLM logs its errors there, and what it does if ``verbose``.
+    vLLM logs its errors there, and what it does if ``verbose``. Each worker reserves the share ``gpus`` of a GPU.
 
     The workers are child processes of the actor, so the actor reserves all of the engine's GPUs on one node.
     """
@@ -38,9 +38,12 @@ def actor_options(device: str, cpus: float, world: int, verbose: bool = False) -
     environment = {"VLLM_LOGGING_LEVEL": level, "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
         environment |= cpu_environment()
+    elif gpus < 1:
+        # CUDA IPC handles pass between processes of vLLM, which has no other form for them than a pickle.
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return {
         "num_cpus": cpus,
-        "num_gpus": world if device == "cuda" else 0,
+        "num_gpus": world * gpus if device == "cuda" else 0,
         "max_concurrency": CONCURRENT_CALLS,
         # Ray's control store would keep 3 KB for each request, up to 100,000 of them.
         "enable_task_events": False,
@@ -56,12 +59,14 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
     """Sets what vLLM reads from the environment; call inside the actor, before vLLM is imported.
 
     Returns:
-        Engine arguments that go with it. On CPU vLLM gives a single worker its own process, to set its threads by
+        Engine arguments that go with it. The workers are children of the actor: inside a placement group vLLM would
+        otherwise have Ray place them. On CPU vLLM gives a single worker its own process, to set its threads by
         environment variables; here the engine core is started with those, so that the worker can be part of it: one
         process less to start, and no message to it at every token.
     """
+    executor = {"distributed_executor_backend": "mp" if world > 1 else "uni"}
     if device != "cpu":
-        return {}
+        return executor
     cores = sorted(os.sched_getaffinity(0))[: threads or core_count()]
     # vLLM leaves a core to its front end by default; a list of cores per worker makes it use all of them.
     share = max(1, len(cores) // world)
@@ -69,7 +74,7 @@ def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: 
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, cores)) for cores in lists)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
     if world > 1:
-        return {}
+        return executor
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     return {"distributed_executor_backend": IN_ENGINE_CORE}
 

@@ -119,8 +119,11 @@ class TeacherConfig:
     """Tokens of one prefill chunk."""
     max_sequences: Positive = 64
     """Requests that one engine scores at once."""
+    gpus: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Share of a GPU, and of its memory, that each worker of an engine reserves on a GPU cluster; below 1, others use
+    the same GPU (experiment=one_gpu)."""
     gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that vLLM takes."""
+    """Share of that memory that vLLM takes."""
     kv_cache_gib: Resumable[Positive] = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
@@ -183,8 +186,11 @@ class RolloutConfig:
     """Requests that one engine runs at once."""
     max_batched_tokens: Positive | None = None
     """Tokens of one prefill chunk; null is vLLM's default (on CPU: whole prompts, never split)."""
+    gpus: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """Share of a GPU, and of its memory, that each worker of an engine reserves on a GPU cluster; below 1, others use
+    the same GPU (experiment=one_gpu)."""
     gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
-    """Share of a GPU's memory that vLLM takes."""
+    """Share of that memory that vLLM takes."""
     kv_cache_gib: Resumable[Positive] = 1
     """KV cache of an engine on CPU."""
     enforce_eager: bool = False
@@ -250,7 +256,7 @@ class LearnerConfig:
     cpus: Resumable[Nonnegative] = 0.5
     """Ray CPUs that one rank reserves."""
     gpus: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Ray GPUs that one rank reserves on a GPU cluster."""
+    """Share of a GPU that one rank reserves on a GPU cluster; below 1, rollout engines use the same GPU."""
     threads: Resumable[Positive | None] = None
     """CPU only: threads of one rank; null divides the node's cores among the ranks."""
 

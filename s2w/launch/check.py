@@ -199,13 +199,13 @@ def check_resources(config: Config, device: str, available: dict[str, float]) ->
             f"has {there:g}: ask for fewer, or for smaller shares (teacher.cpus, rollout.cpus, learner.cpus)"
         )
     if device == "cuda":
-        of_teachers = sum(t.replicas * t.tensor_parallel * t.pipeline_parallel for t in teachers)
-        of_rollouts = rollout.engines * rollout.tensor_parallel * rollout.pipeline_parallel
+        of_teachers = sum(t.replicas * t.tensor_parallel * t.pipeline_parallel * t.gpus for t in teachers)
+        of_rollouts = rollout.engines * rollout.tensor_parallel * rollout.pipeline_parallel * rollout.gpus
         gpus = of_teachers + of_rollouts + learner.ranks * learner.gpus
         there = available.get("GPU", 0)
         if gpus > there:
             raise ConfigError(
-                f"the run asks for {gpus:g} GPUs (teachers {of_teachers}, rollout engines {of_rollouts}, learner "
+                f"the run asks for {gpus:g} GPUs (teachers {of_teachers:g}, rollout engines {of_rollouts:g}, learner "
                 f"{learner.ranks * learner.gpus:g}) but the cluster has {there:g}"
             )
 
@@ -225,7 +225,7 @@ def check_generation(config: Config, device: str, available: dict[str, float]) -
     teacher = config.teacher
     engines = config.off_policy.engines or teacher.replicas
     world = teacher.tensor_parallel * teacher.pipeline_parallel
-    needs = {"CPU": engines * teacher.cpus, "GPU": engines * world if device == "cuda" else 0}
+    needs = {"CPU": engines * teacher.cpus, "GPU": engines * world * teacher.gpus if device == "cuda" else 0}
     for resource, needed in needs.items():
         if needed > (there := available.get(resource, 0)):
             raise ConfigError(
@@ -253,8 +253,36 @@ def _check_combinations(config: Config) -> None:
     for name, teacher in teacher_settings(config).items():
         check_batches(section(name), teacher)
     check_batches("rollout", config.rollout)
+    _check_shares(config)
     if config.student.init == "pruned" and config.student.keep_layers is None:
         raise ConfigError("student.init=pruned: set student.keep_layers to the number of layers to keep")
+
+
+def _check_shares(config: Config) -> None:
+    """Raises ConfigError if shares of a GPU do not go together."""
+    learner, rollout = config.learner, config.rollout
+    engines = {section(name): teacher for name, teacher in teacher_settings(config).items()} | {"rollout": rollout}
+    for name, engine in engines.items():
+        if engine.gpus < 1 and (world := engine.tensor_parallel * engine.pipeline_parallel) > 1:
+            raise ConfigError(
+                f"{name}.gpus={engine.gpus:g} and {world} workers (tensor_parallel x pipeline_parallel): an engine "
+                f"that has a share of a GPU has one worker: write {name}.gpus=1, or 1 for both"
+            )
+    if learner.gpus < 1 and learner.ranks > 1:
+        raise ConfigError(
+            f"learner.gpus={learner.gpus:g} and learner.ranks={learner.ranks}: NCCL refuses two ranks on one GPU: "
+            "write learner.gpus=1 or learner.ranks=1"
+        )
+    if config.loop.steps and (learner.gpus < 1) != (rollout.gpus < 1):
+        raise ConfigError(
+            f"learner.gpus={learner.gpus:g} and rollout.gpus={rollout.gpus:g}: either both have GPUs of their own (1), "
+            "or both are on one (below 1), where new weights pass from one to the other in its memory"
+        )
+    if learner.gpus < 1 and config.loop.steps and learner.gpus + rollout.engines * rollout.gpus > 1:
+        raise ConfigError(
+            f"learner.gpus={learner.gpus:g} and rollout.engines={rollout.engines} of rollout.gpus={rollout.gpus:g} "
+            "must be on one GPU: write shares whose sum is at most 1"
+        )
 
 
 def check_pool(section: str, pool: RolloutConfig, device: str, available: dict[str, float]) -> None:
@@ -270,7 +298,7 @@ def reserved(pools: Sequence[RolloutConfig], device: str) -> dict[str, float]:
     """What the engines of all pools reserve, by the name of Ray's resource."""
     needs = {"CPU": sum(pool.engines * pool.cpus for pool in pools)}
     if device == "cuda":
-        needs["GPU"] = sum(pool.engines * pool.tensor_parallel * pool.pipeline_parallel for pool in pools)
+        needs["GPU"] = sum(pool.engines * pool.tensor_parallel * pool.pipeline_parallel * pool.gpus for pool in pools)
     return needs
 
 

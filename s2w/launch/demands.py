@@ -32,7 +32,7 @@ class Engine:
             engine.tensor_parallel * engine.pipeline_parallel,
             self.copies,
             engine.cpus,
-            1.0 if device == "cuda" else 0.0,
+            engine.gpus if device == "cuda" else 0.0,
             engine.tensor_parallel,
             self.section,
         )

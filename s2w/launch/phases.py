@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from s2w.actors.hardware import resolve_dtype
+from s2w.actors.starting import start_all
 from s2w.config.schema import Config
 from s2w.controller import Controller
 from s2w.data.stream import prompt_stream
@@ -73,20 +74,20 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
     learner: LearnerGroup | None = None
     progress.say(f"{off.steps:,} off-policy steps on {len(responses.train):,} responses; starting the learner ...")
     try:
-        async with asyncio.TaskGroup() as group:
-            starting = group.create_task(start_learner(settings, student, job))
-            if objective.signals:
-                teachers = Teachers(
-                    config,
-                    job.device,
-                    config.data.max_prompt_tokens + off.max_tokens,
-                    job.models.vocabulary.vocab_size,
-                    tokenizer=job.models.student.tokenizer,
-                    context_tokens=job.context_tokens,
-                    on_fault=job.recorder.fault,
-                )
-                group.create_task(teachers.start(config.cluster.start_timeout_s, progress))
-        learner = starting.result()
+        starts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {}
+        if objective.signals:
+            teachers = Teachers(
+                config,
+                job.device,
+                config.data.max_prompt_tokens + off.max_tokens,
+                job.models.vocabulary.vocab_size,
+                tokenizer=job.models.student.tokenizer,
+                context_tokens=job.context_tokens,
+                on_fault=job.recorder.fault,
+            )
+            starts["teachers"] = partial(teachers.start, config.cluster.start_timeout_s, progress)
+        starts["learner"] = partial(start_learner, settings, student, job)
+        learner = (await start_all(starts, in_turn=shares_gpu(job)))["learner"]
         if last:
             progress.now(f"loading the optimizer state of {last}")
             await learner.load(last)
@@ -180,16 +181,16 @@ async def run_on_policy(
     try:
         progress.say("starting teacher, rollout engines and learner ...")
         timeout = config.cluster.start_timeout_s
-        async with asyncio.TaskGroup() as group:
-            group.create_task(teachers.start(timeout, progress))
-            group.create_task(rollouts.start(step, timeout, progress))
-            if config.run.preflight != "divergence":
-                starting = group.create_task(start_learner(config, student, job))
-        if config.run.preflight == "divergence":
+        starts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "teachers": partial(teachers.start, timeout, progress),
+            "rollouts": partial(rollouts.start, step, timeout, progress),
+        }
+        if config.run.preflight != "divergence":
+            starts["learner"] = partial(start_learner, config, student, job)
+        learner = (await start_all(starts, in_turn=shares_gpu(job))).get("learner")
+        if learner is None:
             await preflight.check_teachers_as_students(job, rollouts, teachers, heldout)
             learner = await start_learner(config, student, job)
-        else:
-            learner = starting.result()
         await preflight.check_references(job, references, teachers, learner)
         if last:
             progress.now(f"loading the optimizer state of {last}")
@@ -225,6 +226,11 @@ async def run_on_policy(
         await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
         if learner is not None:
             learner.shutdown()
+
+
+def shares_gpu(job: Job) -> bool:
+    """Whether the learner's GPU is also the engines'."""
+    return job.device == "cuda" and job.config.learner.gpus < 1
 
 
 def phase_saver(job: Job, phase: Phase, learner: LearnerGroup, directory: Path, step: int) -> Saver:

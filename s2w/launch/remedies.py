@@ -67,7 +67,7 @@ def learner_problem(
         return None
     largest = sorted(learner.parts.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
-    limit = learner.gpu_bytes * GPU_LIMIT * config.learner.gpus
+    limit = learner.gpu_bytes * GPU_LIMIT
     sentence = (
         f"learner: a rank takes {learner.total / GIB:.1f} GiB ({parts}), {over / GIB:.1f} GiB more than the "
         f"{limit / GIB:.1f} GiB of its GPU that can be filled"
@@ -217,7 +217,7 @@ def _over_with(
 
 
 def _over(settings: LearnerConfig, learner: SizedLearner) -> float:
-    return learner.total - learner.gpu_bytes * GPU_LIMIT * settings.gpus
+    return learner.total - learner.gpu_bytes * GPU_LIMIT
 
 
 def _fewer_bytes(phase: SizedPhase) -> str:

@@ -67,7 +67,7 @@ class SizedEngine:
     itemsize: int
     max_model_len: int
     gpu_bytes: int
-    """Memory of its smallest GPU; 0 on the CPU."""
+    """Its share of the memory of its smallest GPU; 0 on the CPU."""
     memory: EngineMemory
 
     @property
@@ -81,6 +81,7 @@ class SizedLearner:
 
     itemsize: int
     gpu_bytes: int
+    """As of :class:`SizedEngine`."""
     parts: dict[str, int]
 
     @property
@@ -165,25 +166,27 @@ def size_phase(
     """
     memories = {machine.node.name: machine.gpu_bytes for machine in machines}
 
-    def gpu_bytes(name: str) -> int:
+    def gpu_bytes(name: str, share: float) -> int:
         placed = placement.of(name) if placement else []
-        return min((memories[node] for one in placed for node in one.nodes), default=max(memories.values()))
+        whole = min((memories[node] for one in placed for node in one.nodes), default=max(memories.values()))
+        return int(whole * share)
 
     longest = _longest(config, phase)
     engines = []
     for engine in phase.engines:
         model, itemsize = models.of(engine), itemsize_of(engine.settings.dtype, device)
         length = getattr(engine.settings, "max_model_len", None) or longest
+        memory_there = gpu_bytes(engine.name, engine.settings.gpus)
         memory = engine_memory(
             model.shape,
             engine.settings,
             device=device,
             itemsize=itemsize,
             max_model_len=length,
-            gpu_bytes=gpu_bytes(engine.name),
+            gpu_bytes=memory_there,
             swapped=engine.name == "rollout",
         )
-        engines.append(SizedEngine(engine, model, itemsize, length, gpu_bytes(engine.name), memory))
+        engines.append(SizedEngine(engine, model, itemsize, length, memory_there, memory))
     if phase.name == GENERATE:
         return SizedPhase(phase, None, generation_work(config), tuple(engines), None, 0, 0, 1)
 
@@ -203,7 +206,8 @@ def size_phase(
     signal = max((row for name, row in rows.items() if name != REFERENCE), default=0) if objective.signals else 0
     candidates = candidate_row_bytes(config) if phase.name != OFF_POLICY else 0
     ahead = config.loop.max_staleness if phase.name != OFF_POLICY else 0
-    learner = _learner(config, models, engines, work, signal, longest, gpu_bytes("learner"), device)
+    there = gpu_bytes("learner", config.learner.gpus)
+    learner = _learner(config, models, engines, work, signal, longest, there, device)
     store = signal + rows.get(REFERENCE, 0) + candidates
     return SizedPhase(phase, objective, work, tuple(engines), learner, signal, store, 1 + ahead)
 

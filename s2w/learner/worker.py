@@ -45,7 +45,7 @@ from s2w.objectives.kernel import HiddenRows, SampledRows, SparseRows, TeacherRo
 from s2w.records import Scored
 from s2w.teacher.routing import REFERENCE
 from s2w.weights.stream import CheckpointStream
-from s2w.weights.transfer import Update, create_transfer
+from s2w.weights.transfer import TRANSFERS, Update, backend_of
 
 _RANKS = "ranks"
 """DeepSpeed's tag: the directory with the files of every rank."""
@@ -160,7 +160,7 @@ class LearnerRank:
                 stages.enter(f"loading the head of {name}")
                 self._teacher_head(name)
         stream = CheckpointStream(self.lm, self.named_full_parameters, getattr(torch, spec.engine_dtype))
-        self.transfer = create_transfer(spec.device, stream, self.rank)
+        self.transfer = TRANSFERS[backend_of(spec.device, learner.gpus)](stream, self.rank)
         stages.enter(stages.UP)
 
     def step(

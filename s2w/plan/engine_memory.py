@@ -76,7 +76,7 @@ def engine_memory(
         device: cuda or cpu.
         itemsize: bytes of a number in the engine's dtype.
         max_model_len: longest sequence, tokens.
-        gpu_bytes: memory of the GPU; cuda only.
+        gpu_bytes: memory of the GPU that the engine reserves; cuda only.
         swapped: the engine receives new weights.
     """
     tensor, scores = engine.tensor_parallel, isinstance(engine, TeacherConfig)
@@ -110,7 +110,7 @@ def engine_memory(
     if scores:
         # Hidden states of one request at most wait on the device, and are joined there.
         beside["signals"] = 2 * max_model_len * shape.hidden_size * itemsize
-    if swapped:
+    if swapped and engine.gpus == 1:  # Otherwise it maps memory of the learner.
         beside["weight transfer"] = 2 * max(BUCKET_BYTES, shape.head_elements * itemsize) + COMMUNICATOR_BYTES
     return EngineMemory(parts, beside, share, max(stages) * heads * shape.kv_head_elements * itemsize)
 

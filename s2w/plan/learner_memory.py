@@ -51,7 +51,7 @@ def rank_memory(
         itemsize: bytes of a number in the dtype of the matrix products.
         heads: widths of the teachers whose heads the rank holds.
         signal_row: bytes of a response token's signal.
-        engine_itemsize: bytes of a number in the engines' dtype: of the swap's segment (CPU).
+        engine_itemsize: bytes of a number in the engines' dtype: of the swap's segment (CPU, or a shared GPU).
     """
     count, ranks, stage = shape.parameters, learner.ranks, learner.zero_stage
     mixed = itemsize < 4
@@ -72,9 +72,9 @@ def rank_memory(
         if device == "cpu"
         else CONTEXT_BYTES + (COMMUNICATOR_BYTES if ranks > 1 else 0) + COMMUNICATOR_BYTES,
     }
-    if device == "cpu":
+    if device == "cpu" or learner.gpus < 1:
         parts["swap segment"] = engine_itemsize * count
-    else:
+    if device == "cuda":
         parts["signals"] = batch.rows * signal_row
     # The two moments at which a rank holds the most: in the loss, and when the last gradients leave.
     loss = _in_loss(shape, learner, batch, device, itemsize, bool(heads))

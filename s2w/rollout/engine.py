@@ -146,7 +146,7 @@ class RolloutEngine:
 
         from s2w.actors.vocabulary_mask import engine_option
         from s2w.weights.publish import EngineWeights
-        from s2w.weights.transfer import TRANSFERS
+        from s2w.weights.transfer import backend_of
 
         batched = config.max_batched_tokens
         if device == "cpu":
@@ -166,7 +166,7 @@ class RolloutEngine:
                 max_model_len=self.max_model_len,
                 max_num_seqs=config.max_sequences,
                 max_num_batched_tokens=batched,
-                gpu_memory_utilization=config.gpu_memory_utilization,
+                gpu_memory_utilization=config.gpu_memory_utilization * config.gpus,
                 enforce_eager=config.enforce_eager,
                 scheduling_policy="priority",  # Only probes have one; all else is first come, first served.
                 enable_prefix_caching=True,
@@ -174,7 +174,7 @@ class RolloutEngine:
                 # Log-probs of the distribution that was sampled from: after temperature, top-p and top-k.
                 logprobs_mode="processed_logprobs",
                 additional_config=engine_option(self._vocab_size),
-                weight_transfer_config=WeightTransferConfig(backend=TRANSFERS[device].backend),
+                weight_transfer_config=WeightTransferConfig(backend=backend_of(device, config.gpus)),
                 disable_log_stats=True,
                 **options,
             )

@@ -50,11 +50,19 @@ class RolloutPool:
         self.workers = config.tensor_parallel * config.pipeline_parallel
         """Processes of each engine."""
         self._actor = answering(RolloutEngine).options(
-            **actor_options(device, config.cpus, self.workers, cluster.log_to_driver)
+            **actor_options(device, config.cpus, self.workers, config.gpus, verbose=cluster.log_to_driver)
         )
         self._arguments = (model, device, dtype, max_model_len, vocab_size, candidates, stop_token_ids)
         self._version = 0
-        self.pool = Pool(name, config.engines, self, sequences=config.max_sequences, cluster=cluster, on_fault=on_fault)
+        self.pool = Pool(
+            name,
+            config.engines,
+            self,
+            sequences=config.max_sequences,
+            in_turn=device == "cuda" and config.gpus < 1,
+            cluster=cluster,
+            on_fault=on_fault,
+        )
 
     @property
     def at_once(self) -> int:

@@ -72,9 +72,7 @@ class TeacherEngine:
         """Loads the model; returns ``architecture``, ``hidden_size`` and ``dtype``."""
         config = self._config
         world = config.tensor_parallel * config.pipeline_parallel
-        # The workers are this actor's children: Ray does not place them.
-        options: dict[str, Any] = {"distributed_executor_backend": "mp" if world > 1 else "uni"}
-        options |= prepare_process(self._device, world, config.threads, config.kv_cache_gib)
+        options = prepare_process(self._device, world, config.threads, config.kv_cache_gib)
         stages.enter("importing vLLM")
         from vllm import AsyncEngineArgs
         from vllm.config import PoolerConfig
@@ -103,7 +101,7 @@ class TeacherEngine:
                 enable_prefix_caching=True,
                 # vLLM's default on CPU is 128: few prompts would share a whole block.
                 block_size=32 if self._device == "cpu" else None,
-                gpu_memory_utilization=config.gpu_memory_utilization,
+                gpu_memory_utilization=config.gpu_memory_utilization * config.gpus,
                 enforce_eager=config.enforce_eager,
                 disable_log_stats=True,
                 **options,

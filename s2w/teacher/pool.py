@@ -90,11 +90,19 @@ class TeacherPool:
         self._arguments = (device, dtype, max_model_len, vocab_size)
         world = config.tensor_parallel * config.pipeline_parallel
         self._actor = answering(TeacherEngine).options(
-            **actor_options(device, config.cpus, world, cluster.log_to_driver)
+            **actor_options(device, config.cpus, world, config.gpus, verbose=cluster.log_to_driver)
         )
+        self.shares_gpu = device == "cuda" and config.gpus < 1
+        """Others may use an engine's GPU."""
         self._dispatcher = Dispatcher()
         self.pool = Pool(
-            name, config.replicas, self, sequences=config.max_sequences, cluster=cluster, on_fault=on_fault
+            name,
+            config.replicas,
+            self,
+            sequences=config.max_sequences,
+            in_turn=self.shares_gpu,
+            cluster=cluster,
+            on_fault=on_fault,
         )
 
     def create(self, number: int, slot: int) -> Any:

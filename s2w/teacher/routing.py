@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.hardware import resolve_dtype
-from s2w.actors.starting import Watcher
+from s2w.actors.starting import Watcher, start_all
 from s2w.config.options import read_options
 from s2w.config.schema import Config, TeacherConfig
 from s2w.errors import ConfigError
@@ -187,9 +188,8 @@ class Teachers:
 
     async def start(self, timeout_s: float, watcher: Watcher | None = None) -> None:
         """Waits until every engine of every pool has loaded its model; as :meth:`TeacherPool.start`."""
-        async with asyncio.TaskGroup() as group:
-            for pool in self._all:
-                group.create_task(pool.start(timeout_s, watcher))
+        starts = {pool.pool.name: partial(pool.start, timeout_s, watcher) for pool in self._all}
+        await start_all(starts, in_turn=any(pool.shares_gpu for pool in self._all))
 
     async def score(self, rollout: Rollout) -> TeacherSignal:
         """Like :meth:`TeacherPool.score`, by the teacher that takes the prompt."""

@@ -29,6 +29,7 @@ def engine_settings(config: Config) -> RolloutConfig:
         dtype=teacher.dtype,
         max_sequences=teacher.max_sequences,
         max_batched_tokens=teacher.max_batched_tokens,
+        gpus=teacher.gpus,
         gpu_memory_utilization=teacher.gpu_memory_utilization,
         kv_cache_gib=teacher.kv_cache_gib,
         enforce_eager=teacher.enforce_eager,

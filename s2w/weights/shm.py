@@ -26,6 +26,15 @@ class SegmentInfo(TypedDict):
     """Name, dtype (``bfloat16``), shape and offset in bytes of each tensor."""
 
 
+def place(tensors: Sequence[CheckpointTensor]) -> tuple[list[int], int]:
+    """Offsets of ``tensors`` in one piece of memory, and its size; bytes."""
+    offsets, size = [], 0
+    for tensor in tensors:
+        offsets.append(size)
+        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, size
+
+
 class Segment:
     """A memory file that lives as long as this object; readers keep what they have mapped.
 
@@ -39,11 +48,11 @@ class Segment:
         Raises:
             OSError: not enough memory.
         """
-        size = 0
-        layout: list[tuple[str, str, list[int], int]] = []
-        for tensor in tensors:
-            layout.append((tensor.name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        offsets, size = place(tensors)
+        layout = [
+            (tensor.name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), offset)
+            for tensor, offset in zip(tensors, offsets, strict=True)
+        ]
         self._file = os.fdopen(os.memfd_create("s2w-weights"), "r+b", buffering=0)
         # Allocates now: writing to a hole that cannot be filled would kill the process instead of raising.
         os.posix_fallocate(self._file.fileno(), 0, size)

@@ -7,11 +7,15 @@ because gathering sharded weights is collective. Only rank 0 sends.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from torch.multiprocessing import reductions
+
 from s2w.weights import shm
-from s2w.weights.stream import CheckpointStream
+from s2w.weights.stream import CheckpointStream, CheckpointTensor
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
@@ -91,8 +95,7 @@ class NcclTransfer(Transfer):
 
     Not run on a GPU yet. Weights are gathered parameter by parameter while they are broadcast in buckets, so no
     rank holds the whole model; the engines are paused for that long. vLLM's engine side does not notice a missing
-    weight: the probe after the swap does. Learner and engines have their own GPUs; vLLM's CUDA IPC
-    backend, for a layout where they share them, is not used.
+    weight: the probe after the swap does. Learner and engines have their own GPUs: NCCL refuses two ranks on one.
     """
 
     backend = "nccl"
@@ -107,13 +110,7 @@ class NcclTransfer(Transfer):
         if self.rank != 0:
             return None
         connect = {} if workers == self._connected else self._plan(workers)
-        metadata = self.stream.metadata()
-        info = {
-            "names": [tensor.name for tensor in metadata],
-            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in metadata],
-            "shapes": [list(tensor.shape) for tensor in metadata],
-        }
-        return Update(info, self.stream.nbytes, connect)
+        return Update(described(self.stream.metadata()), self.stream.nbytes, connect)
 
     def _plan(self, workers: dict[int, int]) -> dict[int, dict[str, Any]]:
         """Ranks in the new communicator: this process is 0, then the workers of one engine after the other."""
@@ -178,10 +175,63 @@ class _NoClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-TRANSFERS: dict[str, type[Transfer]] = {"cpu": SharedMemoryTransfer, "cuda": NcclTransfer}
-"""The transfer of each device; ``TRANSFERS[device].backend`` is what the engines are started with."""
+class IpcTransfer(Transfer):
+    """One GPU: the engines map a copy of the weights that rank 0 keeps there, by vLLM's CUDA IPC backend.
+
+    Like :class:`SharedMemoryTransfer`: gathering and writing come before the engines stop, and the copy, in the
+    engines' dtype, stays from the first swap on. As with NCCL, the engine side does not notice a missing weight.
+    """
+
+    backend = "ipc"
+    _copy: list[torch.Tensor] | None = None
+
+    def prepare(self, workers: dict[int, int]) -> Update | None:
+        if self.rank != 0:
+            self.stream.drain()
+            return None
+        metadata = self.stream.metadata()
+        if self._copy is None:
+            memory = torch.empty(shm.place(metadata)[1], dtype=torch.uint8, device="cuda")
+            self._copy = [
+                memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                for tensor, offset in zip(metadata, shm.place(metadata)[0], strict=True)
+            ]
+        torch.cuda.ipc_collect()  # What the engines have closed since.
+        for target, (_, value) in zip(self._copy, self.stream, strict=True):
+            target.copy_(value)
+        torch.cuda.synchronize()
+        # vLLM picks its own GPU's handle by this id.
+        gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        info = {
+            **described(metadata),
+            # A new handle for each swap: every one counts its readers.
+            "ipc_handles": [{gpu: reductions.reduce_tensor(tensor)[1]} for tensor in self._copy],
+        }
+        return Update(info, self.stream.nbytes)
+
+    def connect(self) -> None: ...
+
+    def send(self) -> None: ...
 
 
-def create_transfer(device: str, stream: CheckpointStream, rank: int) -> Transfer:
-    """The transfer for learner and engines on ``device`` (``cuda`` or ``cpu``)."""
-    return TRANSFERS[device](stream, rank)
+def described(tensors: Sequence[CheckpointTensor]) -> dict[str, Any]:
+    """The part of vLLM's ``update_info`` that its NCCL and CUDA IPC backends have in common."""
+    return {
+        "names": [tensor.name for tensor in tensors],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+        "shapes": [list(tensor.shape) for tensor in tensors],
+    }
+
+
+TRANSFERS: dict[str, type[Transfer]] = {
+    transfer.backend: transfer for transfer in (SharedMemoryTransfer, NcclTransfer, IpcTransfer)
+}
+"""Transfers by vLLM's name of their backend."""
+
+
+def backend_of(device: str, gpus: float) -> str:
+    """The backend for learner and engines on ``device`` (``cuda`` or ``cpu``), which reserve ``gpus`` of a GPU each:
+    with less than one, they share it."""
+    if device == "cpu":
+        return SharedMemoryTransfer.backend
+    return IpcTransfer.backend if gpus < 1 else NcclTransfer.backend

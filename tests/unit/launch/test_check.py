@@ -170,6 +170,39 @@ def test_resources_are_counted(overrides: list[str]) -> None:
         check_resources(config, "cuda", {"CPU": 8, "GPU": 7})
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ("teacher.gpus=0.5 teacher.tensor_parallel=2", r"teacher\.gpus=0\.5 and 2 workers .* write teacher\.gpus=1"),
+        ("learner.gpus=0.5 learner.ranks=2", r"NCCL refuses two ranks on one GPU: write learner\.gpus=1"),
+        ("learner.gpus=0.5", r"learner\.gpus=0\.5 and rollout\.gpus=1: either both"),
+        ("rollout.gpus=0.5", r"learner\.gpus=1 and rollout\.gpus=0\.5: either both"),
+        (
+            "rollout.gpus=0.3 rollout.engines=2 learner.gpus=0.5",
+            "must be on one GPU: write shares whose sum is at most 1",
+        ),
+        ("teacher.gpus=0", r"teacher\.gpus=0\.0: must be > 0 and <= 1"),
+    ],
+)
+def test_shares_of_a_gpu_must_go_together(overrides: list[str], settings: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check(compose([*overrides, *settings.split()]))
+
+
+def test_shares_of_a_gpu_are_counted(overrides: list[str]) -> None:
+    config = compose([*overrides, "teacher.gpus=0.3", "rollout.gpus=0.25", "learner.gpus=0.45"])
+    check(config)
+    check_resources(config, "cuda", {"CPU": 8, "GPU": 1})
+    with pytest.raises(
+        ConfigError, match=r"asks for 1\.1 GPUs \(teachers 0\.4, rollout engines 0\.25, learner 0\.45\)"
+    ):
+        check_resources(
+            compose([*overrides, "teacher.gpus=0.4", "rollout.gpus=0.25", "learner.gpus=0.45"]),
+            "cuda",
+            {"CPU": 8, "GPU": 1},
+        )
+
+
 def test_all_teachers_are_counted(overrides: list[str], checkpoint: str) -> None:
     more = f"teachers.math={{model: {checkpoint}, modes: [think], replicas: 3, tensor_parallel: 2}}"
     config = compose([*overrides, more])

@@ -17,7 +17,7 @@ def test_every_student_has_both_teachers() -> None:
     assert sorted(f"qwen3_{student}_from_{teacher}" for student in STUDENTS for teacher in ("32b", "235b")) == RECIPES
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "one_gpu"])
 def test_it_fits_the_cluster_it_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = compose([f"experiment={name}", f"data.path={tmp_path}/none.jsonl"])

@@ -1,0 +1,133 @@
+"""Runs of `s2w train` on GPUs: checkpoints of published shapes with random weights, and what each actor takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tiny_models import ADDED_TOKENS, CHAT_TEMPLATE, SPECIAL_TOKENS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from s2w.models.shapes import PUBLISHED
+
+QWEN3_TOKENS = 151_669
+"""Ids of Qwen3's tokenizer; its heads have 151,936 rows."""
+ACTORS = {"teacher": "ray::TeacherEngine", "rollout": "ray::RolloutEngine", "learner": "ray::LearnerRank"}
+"""Processes by their titles, which Ray sets."""
+
+
+def make_published(path: Path, name: str) -> Path:
+    """A bfloat16 checkpoint with the configuration of a published model, random weights, and a byte-level tokenizer of
+    Qwen3's size; made on the GPU.
+
+    The weights are three times as wide as transformers makes them: its own give a distribution that is nearly uniform.
+    """
+    config = AutoConfig.for_model(**json.loads(PUBLISHED.read_text())[name], initializer_range=0.06)
+    tokenizer = _tokenizer()
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    del model
+    torch.cuda.empty_cache()
+    return path
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    plain = QWEN3_TOKENS - len(SPECIAL_TOKENS) - len(ADDED_TOKENS)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"Ġw{number}" for number in range(plain - len(alphabet)))]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens(list(ADDED_TOKENS))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+class GpuSampler:
+    """Watches ten times a second what the actors below this process hold on the GPUs."""
+
+    def __init__(self) -> None:
+        import pynvml
+
+        self._nvml = pynvml
+        pynvml.nvmlInit()
+        self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in range(pynvml.nvmlDeviceGetCount())]
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._actors: dict[int, str | None] = {}
+        self.whole = 0
+        """Bytes that all processes hold, at the most."""
+        self.peaks: dict[str, int] = {}
+        """Bytes by actor, with its children, at the most."""
+
+    def __enter__(self) -> GpuSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            held: dict[str, int] = {}
+            whole = sum(self._nvml.nvmlDeviceGetMemoryInfo(gpu).used for gpu in self._gpus)
+            self.whole = max(self.whole, whole)
+            for gpu in self._gpus:
+                for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+                    if (actor := self._actor(process.pid)) is not None and process.usedGpuMemory:
+                        held[actor] = held.get(actor, 0) + process.usedGpuMemory
+            for actor, size in held.items():
+                self.peaks[actor] = max(size, self.peaks.get(actor, 0))
+
+    def _actor(self, pid: int) -> str | None:
+        if pid not in self._actors:
+            found = None
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                for one in (process, *process.parents()):
+                    title = " ".join(one.cmdline())
+                    found = found or next((name for name, begin in ACTORS.items() if title.startswith(begin)), None)
+            self._actors[pid] = found
+        return self._actors[pid]
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """A run that has ended well."""
+
+    lines: list[dict[str, Any]]
+    """metrics.jsonl."""
+    summary: dict[str, Any]
+    gpu_bytes: dict[str, int]
+    """By actor, at the most."""
+    all_bytes: int
+    """Of everything on the GPUs, at the most."""
+
+
+def train(directory: Path, *overrides: str) -> GpuRun:
+    """`s2w train` in a process of its own, on a Ray cluster of its own."""
+    command = [sys.executable, "-m", "s2w.cli", "train", *overrides, f"run.dir={directory}", "cluster.device=cuda"]
+    with GpuSampler() as sampler:
+        subprocess.run(command, check=True)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return GpuRun(lines, json.loads((directory / "summary.json").read_text()), sampler.peaks, sampler.whole)
