@@ -23,6 +23,8 @@ _BYTES = 1024
 """Size of a record on the board: JSON, filled up with spaces."""
 _LONGEST = 100
 """Characters of a name or detail that are kept."""
+_FAILURE = 4096
+"""Offset on the board of why an engine failed, and the most bytes of it."""
 _file: int | None = None
 """The board, as this process has it open."""
 
@@ -69,6 +71,17 @@ def enter(name: str, detail: str = "") -> None:
         began, number = time.monotonic(), number + 1
     record = json.dumps([name[:_LONGEST], detail[:_LONGEST], began, number], ensure_ascii=False)
     os.pwrite(_file, record.encode().ljust(_BYTES), 0)
+
+
+def fail(text: str) -> None:
+    """A process of this actor's engine ends for the reason ``text``; the first one counts, others follow from it."""
+    if _file is not None and not failure():
+        os.pwrite(_file, text.encode()[:_FAILURE], _FAILURE)
+
+
+def failure() -> str:
+    """Why the engine of this process's actor failed; empty if it did not, or nobody could tell."""
+    return "" if _file is None else os.pread(_file, _FAILURE, _FAILURE).decode(errors="ignore")
 
 
 @contextmanager

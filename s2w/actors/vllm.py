@@ -11,6 +11,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, cast
 
+from s2w.actors import stages
 from s2w.actors.failures import EngineDiedError
 from s2w.actors.hardware import core_count, cpu_environment
 
@@ -105,6 +106,17 @@ def fail_with_engine_core(llm: AsyncLLM) -> None:
 
 
 @contextmanager
+def telling_start_failure() -> Iterator[None]:
+    """Raises what ended the engine core, where vLLM says only that it did not start."""
+    try:
+        yield
+    except Exception as error:
+        if why := stages.failure():
+            raise RuntimeError(why) from error
+        raise
+
+
+@contextmanager
 def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
     """Raises :class:`EngineDiedError` where vLLM says only that the engine is dead."""
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -117,7 +129,8 @@ def telling_engine_death(llm: AsyncLLM) -> Iterator[None]:
             for process in cast(Any, llm.engine_core).resources.engine_manager.processes
             if connection.wait([process.sentinel], timeout=1)
         ]
-        raise EngineDiedError(", ".join(ends) or str(error)) from error
+        why = f": {failure}" if (failure := stages.failure()) else ""
+        raise EngineDiedError((", ".join(ends) or str(error)) + why) from error
 
 
 def _end(code: int | None) -> str:

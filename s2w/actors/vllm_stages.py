@@ -1,8 +1,9 @@
-"""Has vLLM's processes tell what they do while an engine starts; see :mod:`s2w.actors.stages`."""
+"""Has vLLM's processes tell what they do while an engine starts, and why they end; see :mod:`s2w.actors.stages`."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,23 @@ EXECUTOR_STAGES = {
     "compile_or_warm_up_model": "warming up",
 }
 """Stages by the method of vLLM's executor in which they happen."""
+
+
+ENDS = (
+    "EngineCore failed to start.",
+    "EngineCore encountered a fatal error.",
+    "WorkerProc failed to start.",
+    "WorkerProc failed.",
+)
+"""What vLLM logs, with the exception, when such a process ends; the front end hears only that it has."""
+
+
+class _Ends(logging.Handler):
+    """Puts the exception of a process that ends on the board."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg in ENDS and record.exc_info and (error := record.exc_info[1]) is not None:
+            stages.fail(f"{type(error).__name__}: {error}")
 
 
 @functools.cache
@@ -30,6 +48,7 @@ def register() -> None:
 
     stages.join_board()
     bars.report()
+    logging.getLogger("vllm").addHandler(_Ends(logging.ERROR))
     for method, name in EXECUTOR_STAGES.items():
         setattr(Executor, method, _entering(getattr(Executor, method), name))
     compiles = decorators.monitor_torch_compile

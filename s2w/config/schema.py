@@ -132,6 +132,9 @@ class TeacherConfig:
     """Ray CPUs that one engine reserves."""
     threads: Resumable[Positive | None] = None
     """CPU only: cores per engine; null is all of the node's."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's AsyncEngineArgs, such as {quantization: fp8, kv_cache_dtype: fp8}. They replace what
+    s2w sets, and `s2w plan` does not know them."""
 
 
 @dataclass
@@ -199,6 +202,9 @@ class RolloutConfig:
     """Ray CPUs that one engine reserves."""
     threads: Resumable[Positive | None] = None
     """CPU only: cores per engine; null is all of the node's."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's AsyncEngineArgs, such as {quantization: fp8, kv_cache_dtype: fp8}. They replace what
+    s2w sets, and `s2w plan` does not know them."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ The range of a single setting is declared beside it (:mod:`s2w.config.schema`); 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,16 @@ def check_engine(
     model: PretrainedConfig,
     overrides: dict[str, Any] | None = None,
 ) -> None:
-    """Checks that a model can be laid out as an engine's settings ask; ``overrides`` as in :func:`check_parallel`."""
+    """Checks that a model can be laid out as an engine's settings ask, and that vLLM has the arguments that they add;
+    ``overrides`` as in :func:`check_parallel`."""
+    if engine.engine_args:
+        from vllm import AsyncEngineArgs  # Takes seconds.
+
+        known = {field.name for field in fields(AsyncEngineArgs)}
+        if unknown := [name for name in engine.engine_args if name not in known]:
+            raise ConfigError(
+                f"{section}.engine_args: vLLM's AsyncEngineArgs has no {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+            )
     check_parallel(
         section,
         model,

@@ -18,10 +18,11 @@ from s2w.launch.placement import Node
 from s2w.plan.engine_memory import GIB
 
 ACCELERATORS = {
-    "A100": 40, "A100-40G": 40, "A100-80G": 80, "H100": 80, "H20": 96, "H200": 141, "B200": 180, "B300": 268,
+    "A100": 40, "A100-40G": 40, "A100-80G": 79, "H100": 79, "H20": 96, "H200": 141, "B200": 180, "B300": 268,
     "GB200": 185, "L4": 24, "L40": 48, "L40S": 48, "A10G": 24, "V100": 16, "T4": 16,
 }  # fmt: skip
-"""GiB of memory by the accelerator type that Ray reports; the smaller one where a type has two."""
+"""GiB of memory by the accelerator type that Ray reports; the smaller one where a type has two. (CUDA gives a program
+79.18 GiB of an H100 of 80 GB.)"""
 STORE_SHARE, STORE_LIMIT = 0.3, 200 * 10**9
 """Ray's object store: this share of a node's memory, at most so many bytes."""
 

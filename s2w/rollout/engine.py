@@ -15,7 +15,7 @@ import ray
 
 from s2w.actors import stages
 from s2w.actors.stages import Stage
-from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death
+from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death, telling_start_failure
 from s2w.config.schema import RolloutConfig
 from s2w.data.tasks import derive_seed
 from s2w.errors import RequestRefusedError
@@ -156,29 +156,28 @@ class RolloutEngine:
             options["enable_chunked_prefill"] = False
         path = self._checkpoint.resolve()
         stages.enter("starting vLLM")
-        self.llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(path),
-                dtype=self._dtype,  # type: ignore[arg-type]  # a Literal of vLLM's
-                tensor_parallel_size=config.tensor_parallel,
-                pipeline_parallel_size=config.pipeline_parallel,
-                enable_expert_parallel=config.expert_parallel,
-                max_model_len=self.max_model_len,
-                max_num_seqs=config.max_sequences,
-                max_num_batched_tokens=batched,
-                gpu_memory_utilization=config.gpu_memory_utilization * config.gpus,
-                enforce_eager=config.enforce_eager,
-                scheduling_policy="priority",  # Only probes have one; all else is first come, first served.
-                enable_prefix_caching=True,
-                max_logprobs=max(20, self.candidates),
-                # Log-probs of the distribution that was sampled from: after temperature, top-p and top-k.
-                logprobs_mode="processed_logprobs",
-                additional_config=engine_option(self._vocab_size),
-                weight_transfer_config=WeightTransferConfig(backend=backend_of(device, config.gpus)),
-                disable_log_stats=True,
-                **options,
-            )
+        arguments: dict[str, Any] = dict(
+            model=str(path),
+            dtype=self._dtype,
+            tensor_parallel_size=config.tensor_parallel,
+            pipeline_parallel_size=config.pipeline_parallel,
+            enable_expert_parallel=config.expert_parallel,
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_sequences,
+            max_num_batched_tokens=batched,
+            gpu_memory_utilization=config.gpu_memory_utilization * config.gpus,
+            enforce_eager=config.enforce_eager,
+            scheduling_policy="priority",  # Only probes have one; all else is first come, first served.
+            enable_prefix_caching=True,
+            max_logprobs=max(20, self.candidates),
+            # Log-probs of the distribution that was sampled from: after temperature, top-p and top-k.
+            logprobs_mode="processed_logprobs",
+            additional_config=engine_option(self._vocab_size),
+            weight_transfer_config=WeightTransferConfig(backend=backend_of(device, config.gpus)),
+            disable_log_stats=True,
         )
+        with telling_start_failure():
+            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | options | config.engine_args)))
         self.weights = EngineWeights(self.llm)
         fail_with_engine_core(self.llm)
         with telling_engine_death(self.llm):

@@ -13,7 +13,7 @@ import ray
 
 from s2w.actors import stages
 from s2w.actors.stages import Stage
-from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death
+from s2w.actors.vllm import fail_with_engine_core, prepare_process, telling_engine_death, telling_start_failure
 from s2w.config.schema import TeacherConfig
 from s2w.errors import RequestRefusedError
 from s2w.models.checkpoint import ModelReference
@@ -82,31 +82,30 @@ class TeacherEngine:
 
         path = ModelReference.of(config.model, config.revision).resolve()
         stages.enter("starting vLLM")
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(path),
-                dtype=cast(Any, self._dtype),
-                max_model_len=self._max_model_len,
-                runner="pooling",
-                pooler_config=PoolerConfig(task="token_embed"),
-                hf_overrides=as_teacher,
-                additional_config=engine_option(self._vocab_size),
-                skip_tokenizer_init=True,
-                tensor_parallel_size=config.tensor_parallel,
-                pipeline_parallel_size=config.pipeline_parallel,
-                enable_expert_parallel=config.expert_parallel,
-                max_num_batched_tokens=config.max_batched_tokens,
-                max_num_seqs=config.max_sequences,
-                enable_chunked_prefill=True,
-                enable_prefix_caching=True,
-                # vLLM's default on CPU is 128: few prompts would share a whole block.
-                block_size=32 if self._device == "cpu" else None,
-                gpu_memory_utilization=config.gpu_memory_utilization * config.gpus,
-                enforce_eager=config.enforce_eager,
-                disable_log_stats=True,
-                **options,
-            )
+        arguments: dict[str, Any] = dict(
+            model=str(path),
+            dtype=self._dtype,
+            max_model_len=self._max_model_len,
+            runner="pooling",
+            pooler_config=PoolerConfig(task="token_embed"),
+            hf_overrides=as_teacher,
+            additional_config=engine_option(self._vocab_size),
+            skip_tokenizer_init=True,
+            tensor_parallel_size=config.tensor_parallel,
+            pipeline_parallel_size=config.pipeline_parallel,
+            enable_expert_parallel=config.expert_parallel,
+            max_num_batched_tokens=config.max_batched_tokens,
+            max_num_seqs=config.max_sequences,
+            enable_chunked_prefill=True,
+            enable_prefix_caching=True,
+            # vLLM's default on CPU is 128: few prompts would share a whole block.
+            block_size=32 if self._device == "cpu" else None,
+            gpu_memory_utilization=config.gpu_memory_utilization * config.gpus,
+            enforce_eager=config.enforce_eager,
+            disable_log_stats=True,
         )
+        with telling_start_failure():
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | options | config.engine_args)))
         fail_with_engine_core(self._engine)
         model = self._engine.model_config
         stages.enter(stages.UP)

@@ -35,6 +35,7 @@ def engine_settings(config: Config) -> RolloutConfig:
         enforce_eager=teacher.enforce_eager,
         cpus=teacher.cpus,
         threads=teacher.threads,
+        engine_args=teacher.engine_args,
     )
 
 

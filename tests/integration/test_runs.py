@@ -45,7 +45,9 @@ from tiny_models import VOCAB_SIZE
 from transformers import AutoTokenizer
 
 from s2w.config.compose import compose
+from s2w.errors import RunError
 from s2w.launch.check import check
+from s2w.launch.train import train
 from s2w.observe.progress import Progress
 from s2w.records import Scored
 from s2w.teacher_data.batches import ResponseStream, split
@@ -288,3 +290,15 @@ def test_rewards_beside_the_divergence(job: Callable[..., Run], models: Models, 
     check_checkpoint(run)
     alone = step(run, load(models.knowing), lambda seen, log_p, log_q: forward_kl(log_p, log_q))
     assert abs(alone.grad_norm / run.metrics[0]["grad_norm"] - 1) > 100 * GRADIENT
+
+
+def test_an_engine_that_does_not_start_says_why(models: Models, address: str) -> None:
+    """The reason is raised in vLLM's engine core, which logs it; and vLLM gets the arguments of ``engine_args``."""
+    sides = [f"teacher.model={models.teacher}", f"student.model={models.dense}", f"cluster.address={address}"]
+    directory = models.root / "runs" / "unstarted"
+    config = compose([*COMMON, *sides, f"run.dir={directory}", "rollout.engine_args={num_gpu_blocks_override: 1}"])
+    with pytest.raises(
+        RunError, match=r"^rollout engine 0 did not start: ValueError: No available memory for the cache"
+    ):
+        train(config)
+    assert not directory.exists()

@@ -47,6 +47,7 @@ def overrides(checkpoint: str, tmp_path: Path) -> list[str]:
         ("teacher.model=/no/such/model", "No checkpoint directory at '/no/such/model'"),
         ("signal={kind: topk, top_k: 600}", "signal.top_k=600 is larger than the vocabulary of 512 tokens"),
         ("loss.divergence=forward_lk", "forward_kl"),
+        ("rollout.engine_args={max_num_seq: 1}", "rollout.engine_args: vLLM's AsyncEngineArgs has no 'max_num_seq'"),
         ("signal={kind: topk, dtype: float8}", "says how hidden states travel, and signal.kind=topk sends none"),
         ("signal={kind: topk, bias_every: 2}", "signal.bias_every=2 compares with the whole distribution"),
         ("signal.bias_every=-1", "signal.bias_every=-1: must be >= 0"),
