@@ -312,15 +312,19 @@ class Pool:
             if attempt:
                 await asyncio.sleep(pause)
                 pause *= 4
-            member = self._member(lost.slot)
-            self.members.append(member)
+            member: Member | None = None
             try:
+                member = self._member(lost.slot)
+                self.members.append(member)
                 await self._load([member], self._cluster.start_timeout_s)
             except Exception as error:
                 self._lost = error
-                self._remove(member)
-                await self._end(member, in_order=False)
-                self._warn(f"{self._who(member)}, which was to replace {self._who(lost)}, failed: {reason(error)}")
+                if member is not None:
+                    self._remove(member)
+                    await self._end(member, in_order=False)
+                self._warn(
+                    f"{self.name} {self._next - 1}, which was to replace {self._who(lost)}, failed: {reason(error)}"
+                )
                 continue
             seconds = time.time() - since
             self._warn(f"{self._who(member)} has replaced {self._who(lost)} after {seconds:.0f} s")

@@ -56,16 +56,18 @@ IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """vLLM's executor without worker processes."""
 
 
-def prepare_process(device: str, world: int, threads: int | None, kv_cache_gib: int) -> dict[str, Any]:
+def prepare_process(
+    device: str, world: int, threads: int | None, kv_cache_gib: int, spans_nodes: bool = False
+) -> dict[str, Any]:
     """Sets what vLLM reads from the environment; call inside the actor, before vLLM is imported.
 
     Returns:
-        Engine arguments that go with it. The workers are children of the actor: inside a placement group vLLM would
-        otherwise have Ray place them. On CPU vLLM gives a single worker its own process, to set its threads by
-        environment variables; here the engine core is started with those, so that the worker can be part of it: one
-        process less to start, and no message to it at every token.
+        Engine arguments that go with it. The workers are children of the actor, unless the engine spans nodes: inside a
+        placement group vLLM would otherwise have Ray start them all. On CPU vLLM gives a single worker its own process,
+        to set its threads by environment variables; here the engine core is started with those, so that the worker can
+        be part of it: one process less to start, and no message to it at every token.
     """
-    executor = {"distributed_executor_backend": "mp" if world > 1 else "uni"}
+    executor = {"distributed_executor_backend": "ray" if spans_nodes else "mp" if world > 1 else "uni"}
     if device != "cpu":
         return executor
     cores = sorted(os.sched_getaffinity(0))[: threads or core_count()]

@@ -490,6 +490,8 @@ class ClusterConfig:
     without it; it ends when no engine of a kind is left."""
     hang_timeout_s: Resumable[Positive] = 300
     """How long an engine may give no sign of life before it is ended and replaced, like one that has died."""
+    dry_run: Resumable[bool] = False
+    """Place empty actors where the run would have its own, say where they are, and end."""
     nodes: Resumable[list[dict[str, Any]]] = field(default_factory=list)
     """`s2w plan`: a cluster that is only described: [{count: 10, gpus: 8, gpu_memory_gib: 80}], with name, cpus,
     memory_gib, shm_gib and object_store_gib if known; empty is the cluster of `address`."""

@@ -183,43 +183,6 @@ def check_lengths(
     return length
 
 
-def check_resources(config: Config, device: str, available: dict[str, float]) -> None:
-    """Compares what the actors reserve with what the cluster has.
-
-    Args:
-        available: Ray's cluster resources.
-
-    Raises:
-        ConfigError: names the resource, how much is asked for, and how much there is.
-    """
-    if uses_off_policy(config) and config.off_policy.path is None:
-        check_generation(config, device, available)
-    check_gradients(config, device)
-    rollout, learner = config.rollout, config.learner
-    teachers = list(teacher_settings(config).values())
-    if on_policy(config).needs_reference:
-        teachers.append(reference_settings(config, config.student.model, config.student.revision))
-    teacher_cpus = sum(teacher.replicas * teacher.cpus for teacher in teachers)
-    cpus = teacher_cpus + rollout.engines * rollout.cpus + learner.ranks * learner.cpus
-    there = available.get("CPU", 0)
-    if cpus > there:
-        raise ConfigError(
-            f"the run reserves {cpus:g} CPUs (teachers {teacher_cpus:g}, rollout engines "
-            f"{rollout.engines} x {rollout.cpus:g}, learner ranks {learner.ranks} x {learner.cpus:g}) but the cluster "
-            f"has {there:g}: ask for fewer, or for smaller shares (teacher.cpus, rollout.cpus, learner.cpus)"
-        )
-    if device == "cuda":
-        of_teachers = sum(t.replicas * t.tensor_parallel * t.pipeline_parallel * t.gpus for t in teachers)
-        of_rollouts = rollout.engines * rollout.tensor_parallel * rollout.pipeline_parallel * rollout.gpus
-        gpus = of_teachers + of_rollouts + learner.ranks * learner.gpus
-        there = available.get("GPU", 0)
-        if gpus > there:
-            raise ConfigError(
-                f"the run asks for {gpus:g} GPUs (teachers {of_teachers:g}, rollout engines {of_rollouts:g}, learner "
-                f"{learner.ranks * learner.gpus:g}) but the cluster has {there:g}"
-            )
-
-
 def check_gradients(config: Config, device: str) -> None:
     """Raises ConfigError if the learner would not accumulate gradients in float32."""
     learner = config.learner
@@ -228,20 +191,6 @@ def check_gradients(config: Config, device: str) -> None:
             f"learner.zero_stage=0 would accumulate gradients in {dtype}: write learner.zero_stage=1, or "
             "learner.dtype=float32"
         )
-
-
-def check_generation(config: Config, device: str, available: dict[str, float]) -> None:
-    """:func:`check_resources` for the engines that generate the teacher's responses; nothing else runs beside them."""
-    teacher = config.teacher
-    engines = config.off_policy.engines or teacher.replicas
-    world = teacher.tensor_parallel * teacher.pipeline_parallel
-    needs = {"CPU": engines * teacher.cpus, "GPU": engines * world * teacher.gpus if device == "cuda" else 0}
-    for resource, needed in needs.items():
-        if needed > (there := available.get(resource, 0)):
-            raise ConfigError(
-                f"{engines} engines that generate the teacher's responses take {needed:g} {resource}s but the cluster "
-                f"has {there:g}: write a smaller off_policy.engines"
-            )
 
 
 def _check_combinations(config: Config) -> None:

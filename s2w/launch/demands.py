@@ -10,6 +10,8 @@ from s2w.launch.placement import Demand
 from s2w.teacher.routing import REFERENCE, reference_settings, section, teacher_settings
 from s2w.teacher_data.generate import engine_settings
 
+LEARNER = "learner"
+"""The name of the learner's demand."""
 GENERATE, OFF_POLICY, ON_POLICY = "generate", "off-policy", "on-policy"
 """Phases: the teacher's responses are generated, the student is trained on them, then on its own."""
 
@@ -47,13 +49,19 @@ class Phase:
     learner: bool
 
     def demands(self, config: Config, device: str) -> list[Demand]:
-        """Of all parts; the learner's is called ``learner``."""
+        """Of all parts; the learner's is called :data:`LEARNER`."""
         found = [engine.demand(device) for engine in self.engines]
         if self.learner:
             learner = config.learner
             share = learner.gpus if device == "cuda" else 0.0
-            found.append(Demand("learner", "ranks", learner.ranks, 1, learner.cpus, share, setting="learner"))
+            found.append(Demand(LEARNER, "ranks", learner.ranks, 1, learner.cpus, share, setting="learner"))
         return found
+
+
+def generation(config: Config) -> Phase:
+    """The engines that generate the teacher's responses, beside which nothing is up."""
+    settings = engine_settings(config)
+    return Phase(GENERATE, (Engine("generator", settings, "teacher", settings.engines),), False)
 
 
 def phases(config: Config) -> list[Phase]:
@@ -61,8 +69,7 @@ def phases(config: Config) -> list[Phase]:
     found = []
     off = config.off_policy
     if uses_off_policy(config) and off.path is None:
-        settings = engine_settings(config)
-        found.append(Phase(GENERATE, (Engine("generator", settings, "teacher", settings.engines),), False))
+        found.append(generation(config))
     if off.steps:
         scoring = _teachers(config) if off_policy(config).signals else ()
         found.append(Phase(OFF_POLICY, scoring, True))
@@ -74,6 +81,11 @@ def phases(config: Config) -> list[Phase]:
         engines.append(Engine("rollout", config.rollout, "rollout", config.rollout.engines))
         found.append(Phase(ON_POLICY, tuple(engines), True))
     return found
+
+
+def phase_of(config: Config, name: str) -> Phase:
+    """The phase of a run with a name."""
+    return next(phase for phase in phases(config) if phase.name == name)
 
 
 def _teachers(config: Config) -> tuple[Engine, ...]:

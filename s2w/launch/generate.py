@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from s2w.config.schema import Config
 from s2w.data.trial import try_verifiers
 from s2w.errors import ConfigError
-from s2w.launch.check import check, check_generation
+from s2w.launch.check import check
 from s2w.launch.cluster import connected
+from s2w.launch.demands import generation
 from s2w.launch.describe import lines_about, run_prompts
 from s2w.launch.job import run_to_its_end
+from s2w.launch.places import find_room, reserve_engines
 from s2w.launch.run_directory import OFF_POLICY, opened
 from s2w.observe.progress import Progress
 from s2w.teacher_data.collect import collect
@@ -36,13 +40,14 @@ def generate(config: Config, *, quiet: bool = False) -> int:
     progress = Progress({"off_policy": config.off_policy.steps}, quiet=quiet, verbose=config.cluster.log_to_driver)
     for note in lines_about(config, models, prompts, heldout):
         progress.say(note)
-    with connected(config.cluster) as (device, resources):
-        check_generation(config, device, resources)
+    with connected(config.cluster) as (device, _):
+        asyncio.run(find_room(config, [generation(config)], device))
         with opened(config, "generate") as run:
             directory = run / OFF_POLICY
 
             async def work() -> None:
-                await collect(config, models, device, directory, progress)
+                reserve = reserve_engines(config, device)
+                await collect(config, models, device, directory, progress, reserve=reserve)
                 progress.say(f"responses in {directory}")
 
             return run_to_its_end(work(), run, progress, "generate")

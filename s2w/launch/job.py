@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2w.actors.place import Place
 from s2w.actors.stopping import INTERRUPTED, run_stoppable
 from s2w.config.schema import Config
 from s2w.launch.run_directory import saved
@@ -53,12 +54,13 @@ def run_to_its_end(work: Coroutine[Any, Any, None], directory: Path, progress: P
     return 0
 
 
-async def start_learner(config: Config, student: ModelReference, job: Job) -> LearnerGroup:
+async def start_learner(config: Config, student: ModelReference, job: Job, ranks: Sequence[Place]) -> LearnerGroup:
     """The learner of one phase of ``job``: as :meth:`LearnerGroup.start`.
 
     Args:
         config: the job's, with what the phase changes.
         student: the checkpoint to start from.
+        ranks: places of the ranks.
     """
     vocab_size = job.models.vocabulary.vocab_size
-    return await LearnerGroup.start(config, student, job.device, vocab_size, job.progress)
+    return await LearnerGroup.start(config, student, job.device, vocab_size, job.progress, ranks)

@@ -79,10 +79,26 @@ def machines(config: Config) -> tuple[list[Machine], str]:
     with connected(config.cluster) as (device, _):
         free = available_resources_per_node()
         return [
-            _of_ray(node, free.get(node["NodeID"], {}), config.plan.gpu_memory_gib)
-            for node in sorted(ray.nodes(), key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
-            if node["Alive"]
+            _of_ray(node, free.get(node["NodeID"], {}), config.plan.gpu_memory_gib) for node in _living_nodes()
         ], device
+
+
+def ray_nodes(*, free: bool) -> list[Node]:
+    """The nodes of the cluster that this process has joined: with all that they have, or what is ``free``."""
+    left = available_resources_per_node()
+    return [_node(node, left.get(node["NodeID"], {}) if free else node["Resources"]) for node in _living_nodes()]
+
+
+def _living_nodes() -> list[dict[str, Any]]:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return sorted(nodes, key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
+
+
+def _node(node: dict[str, Any], resources: dict[str, float]) -> Node:
+    name = f"{node['NodeManagerAddress']} {node['NodeID'][:6]}"
+    gpus = int(resources.get("GPU", 0))
+    taken = int(node["Resources"].get("GPU", 0)) - gpus
+    return Node(name, gpus, resources.get("CPU", 0.0), node["NodeID"], taken)
 
 
 def _described(settings: NodeSettings, copy: int, gpu_memory_gib: float | None, index: int) -> Machine:
@@ -108,8 +124,8 @@ def _described(settings: NodeSettings, copy: int, gpu_memory_gib: float | None, 
 
 def _of_ray(node: dict[str, Any], free: dict[str, float], gpu_memory_gib: float | None) -> Machine:
     """A node with what no other job has taken."""
-    resources, name = node["Resources"], f"{node['NodeManagerAddress']} {node['NodeID'][:6]}"
-    gpus = int(free.get("GPU", 0))
+    resources, found = node["Resources"], _node(node, free)
+    name, gpus = found.name, found.gpus
     memory: float | None = gpu_memory_gib
     if gpus and memory is None:
         types = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
@@ -121,7 +137,7 @@ def _of_ray(node: dict[str, Any], free: dict[str, float], gpu_memory_gib: float 
             )
     store = int(resources.get("object_store_memory", 0))
     return Machine(
-        Node(name, gpus, free.get("CPU", 0.0), node["NodeID"]),
+        found,
         int((memory or 0) * GIB) if gpus else 0,
         # Ray's memory is what is left beside the object store.
         int(resources.get("memory", 0)) + store or None,

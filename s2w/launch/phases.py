@@ -20,8 +20,10 @@ from s2w.eval.grading import Grader
 from s2w.launch import preflight
 from s2w.launch.check import off_policy, off_policy_prompts, on_policy
 from s2w.launch.checkpoint_texts import checkpoint_texts
+from s2w.launch.demands import OFF_POLICY, ON_POLICY, phase_of
 from s2w.launch.job import Job, start_learner
 from s2w.launch.model_card import Phase
+from s2w.launch.places import reserved
 from s2w.launch.run_directory import CHECKPOINTS, OFF_POLICY_CHECKPOINTS
 from s2w.learner import checkpoint
 from s2w.learner.group import LearnerGroup
@@ -73,43 +75,45 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
     teachers: Teachers | None = None
     learner: LearnerGroup | None = None
     progress.say(f"{off.steps:,} off-policy steps on {len(responses.train):,} responses; starting the learner ...")
-    try:
-        starts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {}
-        if objective.signals:
-            teachers = Teachers(
-                config,
-                job.device,
-                config.data.max_prompt_tokens + off.max_tokens,
-                job.models.vocabulary.vocab_size,
-                tokenizer=job.models.student.tokenizer,
-                context_tokens=job.context_tokens,
-                on_fault=job.recorder.fault,
+    async with reserved(config, phase_of(config, OFF_POLICY), job.device) as places:
+        try:
+            starts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {}
+            if objective.signals:
+                teachers = Teachers(
+                    config,
+                    job.device,
+                    config.data.max_prompt_tokens + off.max_tokens,
+                    job.models.vocabulary.vocab_size,
+                    tokenizer=job.models.student.tokenizer,
+                    context_tokens=job.context_tokens,
+                    places=places.places,
+                    on_fault=job.recorder.fault,
+                )
+                starts["teachers"] = partial(teachers.start, config.cluster.start_timeout_s, progress)
+            starts["learner"] = partial(start_learner, settings, student, job, places.ranks())
+            learner = (await start_all(starts, in_turn=shares_gpu(job)))["learner"]
+            if last:
+                progress.now(f"loading the optimizer state of {last}")
+                await learner.load(last)
+            controller = OffPolicyController(
+                off,
+                heldout_loss=objective.loss_settings(settings.loss).divergence,
+                stream=stream,
+                heldout=responses.heldout,
+                learner=learner,
+                teachers=teachers,
+                deterministic=config.run.deterministic,
+                recorder=job.recorder,
+                progress=progress,
+                saver=phase_saver(job, "off_policy", learner, checkpoints, state["step"]),
+                step=state["step"],
             )
-            starts["teachers"] = partial(teachers.start, config.cluster.start_timeout_s, progress)
-        starts["learner"] = partial(start_learner, settings, student, job)
-        learner = (await start_all(starts, in_turn=shares_gpu(job)))["learner"]
-        if last:
-            progress.now(f"loading the optimizer state of {last}")
-            await learner.load(last)
-        controller = OffPolicyController(
-            off,
-            heldout_loss=objective.loss_settings(settings.loss).divergence,
-            stream=stream,
-            heldout=responses.heldout,
-            learner=learner,
-            teachers=teachers,
-            deterministic=config.run.deterministic,
-            recorder=job.recorder,
-            progress=progress,
-            saver=phase_saver(job, "off_policy", learner, checkpoints, state["step"]),
-            step=state["step"],
-        )
-        return ModelReference.of(str(await controller.run()))
-    finally:
-        if teachers is not None:
-            await teachers.shutdown()
-        if learner is not None:
-            learner.shutdown()
+            return ModelReference.of(str(await controller.run()))
+        finally:
+            if teachers is not None:
+                await teachers.shutdown()
+            if learner is not None:
+                learner.shutdown()
 
 
 async def run_on_policy(
@@ -153,79 +157,82 @@ async def run_on_policy(
     trust = await teacher_reliability(config, teacher_responses)
     await ceiling.measure()
     references = await preflight.write_references(job, heldout) if config.run.preflight == "log_probs" else []
-    teachers = Teachers(
-        config,
-        device,
-        max_model_len,
-        models.vocabulary.vocab_size,
-        tokenizer=models.student.tokenizer,
-        context_tokens=job.context_tokens,
-        sampled=objective.teacher_log_probs,
-        reference=student if objective.needs_reference else None,
-        on_fault=job.recorder.fault,
-    )
-    rollouts = RolloutPool(
-        config.rollout,
-        model=student,
-        device=device,
-        dtype=dtypes["rollout"],
-        max_model_len=models.max_model_len,
-        vocab_size=models.vocabulary.vocab_size,
-        candidates=config.signal.top_k if config.signal.kind == "ids" else 0,
-        stop_token_ids=models.student.eos_token_ids,
-        cluster=config.cluster,
-        on_fault=job.recorder.fault,
-    )
-    learner: LearnerGroup | None = None
-    grader = Grader(models.student.tokenizer)
-    try:
-        progress.say("starting teacher, rollout engines and learner ...")
-        timeout = config.cluster.start_timeout_s
-        starts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
-            "teachers": partial(teachers.start, timeout, progress),
-            "rollouts": partial(rollouts.start, step, timeout, progress),
-        }
-        if config.run.preflight != "divergence":
-            starts["learner"] = partial(start_learner, config, student, job)
-        learner = (await start_all(starts, in_turn=shares_gpu(job))).get("learner")
-        if learner is None:
-            await preflight.check_teachers_as_students(job, rollouts, teachers, heldout)
-            learner = await start_learner(config, student, job)
-        await preflight.check_references(job, references, teachers, learner)
-        if last:
-            progress.now(f"loading the optimizer state of {last}")
-            await learner.load(last)
-            progress.now(None)
-        controller = Controller(
-            config.loop,
-            deterministic=config.run.deterministic,
-            stream=stream,
-            teacher_responses=given,
-            heldout=list(heldout),
-            rollouts=rollouts,
-            teachers=teachers,
-            learner=learner,
-            grader=grader,
-            objective=objective,
-            reliability=trust,
-            longest=longest,
-            length_limit=data["length_limit"],
-            recorder=job.recorder,
-            progress=progress,
-            reporter=reporter,
-            probe_ids=probe_tokens([prompt.token_ids for prompt in heldout], models.max_model_len - 1),
-            probe_tolerance=probe_tolerance(config, dtypes),
-            step=step,
-            saver=phase_saver(job, "on_policy", learner, job.directory / CHECKPOINTS, step),
-            on_batch=on_batch,
+    async with reserved(config, phase_of(config, ON_POLICY), device) as places:
+        teachers = Teachers(
+            config,
+            device,
+            max_model_len,
+            models.vocabulary.vocab_size,
+            tokenizer=models.student.tokenizer,
+            context_tokens=job.context_tokens,
+            sampled=objective.teacher_log_probs,
+            reference=student if objective.needs_reference else None,
+            places=places.places,
+            on_fault=job.recorder.fault,
         )
-        progress.say(f"all up after {time.time() - began:.0f} s")
-        await controller.run()
-    finally:
-        grader.close()
-        await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
-        if learner is not None:
-            learner.shutdown()
+        rollouts = RolloutPool(
+            config.rollout,
+            model=student,
+            device=device,
+            dtype=dtypes["rollout"],
+            max_model_len=models.max_model_len,
+            vocab_size=models.vocabulary.vocab_size,
+            candidates=config.signal.top_k if config.signal.kind == "ids" else 0,
+            stop_token_ids=models.student.eos_token_ids,
+            cluster=config.cluster,
+            place=places.places("rollout"),
+            on_fault=job.recorder.fault,
+        )
+        learner: LearnerGroup | None = None
+        grader = Grader(models.student.tokenizer)
+        try:
+            progress.say("starting teacher, rollout engines and learner ...")
+            timeout = config.cluster.start_timeout_s
+            starts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+                "teachers": partial(teachers.start, timeout, progress),
+                "rollouts": partial(rollouts.start, step, timeout, progress),
+            }
+            if config.run.preflight != "divergence":
+                starts["learner"] = partial(start_learner, config, student, job, places.ranks())
+            learner = (await start_all(starts, in_turn=shares_gpu(job))).get("learner")
+            if learner is None:
+                await preflight.check_teachers_as_students(job, rollouts, teachers, heldout, places.ranks())
+                learner = await start_learner(config, student, job, places.ranks())
+            await preflight.check_references(job, references, teachers, learner)
+            if last:
+                progress.now(f"loading the optimizer state of {last}")
+                await learner.load(last)
+                progress.now(None)
+            controller = Controller(
+                config.loop,
+                deterministic=config.run.deterministic,
+                stream=stream,
+                teacher_responses=given,
+                heldout=list(heldout),
+                rollouts=rollouts,
+                teachers=teachers,
+                learner=learner,
+                grader=grader,
+                objective=objective,
+                reliability=trust,
+                longest=longest,
+                length_limit=data["length_limit"],
+                recorder=job.recorder,
+                progress=progress,
+                reporter=reporter,
+                probe_ids=probe_tokens([prompt.token_ids for prompt in heldout], models.max_model_len - 1),
+                probe_tolerance=probe_tolerance(config, dtypes),
+                step=step,
+                saver=phase_saver(job, "on_policy", learner, job.directory / CHECKPOINTS, step),
+                on_batch=on_batch,
+            )
+            progress.say(f"all up after {time.time() - began:.0f} s")
+            await controller.run()
+        finally:
+            grader.close()
+            await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
+            if learner is not None:
+                learner.shutdown()
 
 
 def shares_gpu(job: Job) -> bool:

@@ -30,6 +30,13 @@ class Node:
     cpus: float = math.inf
     node_id: str | None = None
     """Ray's; None for a node that is only described."""
+    taken: int = 0
+    """Further GPUs, which other jobs have."""
+
+    @property
+    def size(self) -> int:
+        """All of its GPUs."""
+        return self.gpus + self.taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +134,7 @@ class _Free:
 
     @property
     def empty(self) -> bool:
-        return all(free == 1 for free in self.gpus)
+        return not self.node.taken and all(free == 1 for free in self.gpus)
 
 
 def place(nodes: Sequence[Node], demands: Iterable[Demand]) -> Placement:
@@ -158,6 +165,7 @@ class Group:
     """Arguments of ``ray.util.placement_group``."""
 
     bundles: list[dict[str, float]]
+    """Empty where nothing is reserved."""
     strategy: str
     bundle_label_selector: list[dict[str, str]] | None
     """The node of each bundle; None for nodes that are only described."""
@@ -174,13 +182,27 @@ def placement_group_of(placed: Placed, nodes: Iterable[Node]) -> Group:
     if demand.kind == "ranks":
         amounts = [(demand.cpus, demand.gpus)] * len(where)
     elif spans:
-        amounts, where = [(demand.cpus, 0.0), *[(0.0, demand.gpus)] * len(where)], [where[0], *where]
+        amounts = [(0.0, demand.gpus)] * len(where)
+        if demand.cpus:  # Ray refuses an empty bundle.
+            amounts, where = [(demand.cpus, 0.0), *amounts], [where[0], *where]
     else:
         amounts, where = [(demand.cpus, demand.gpus * demand.workers)], where[:1]
+    return _group(amounts, where, nodes, "PACK" if spans or demand.kind == "ranks" else "STRICT_PACK")
+
+
+def shared_group(together: Sequence[Placed], nodes: Iterable[Node]) -> Group:
+    """The same for parts that have shares of one GPU: one bundle, since Ray gives all of a bundle the same one."""
+    cpus, gpus = (sum(getattr(placed.demand, name) for placed in together) for name in ("cpus", "gpus"))
+    return _group([(cpus, round(gpus, 4))], [together[0].workers[0].node], nodes, "STRICT_PACK")
+
+
+def _group(amounts: list[tuple[float, float]], where: list[str], nodes: Iterable[Node], strategy: str) -> Group:
     made = [{name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount} for cpus, gpus in amounts]
+    if not all(made):
+        return Group([], strategy, None)
     ids = {node.name: node.node_id for node in nodes}
     selectors = [{NODE_ID: node_id} for name in where if (node_id := ids[name]) is not None]
-    return Group(made, "PACK" if spans or demand.kind == "ranks" else "STRICT_PACK", selectors or None)
+    return Group(made, strategy, selectors or None)
 
 
 def _check_totals(nodes: Sequence[Node], demands: Sequence[Demand]) -> None:
@@ -212,7 +234,7 @@ def _engine(free: list[_Free], demand: Demand) -> list[Worker] | None:
     if fitting:
         best = min(fitting, key=lambda one: (_room(one, demand.gpus), _cpus(one), one.index))
         return _take(best, demand.workers, demand.gpus, demand.cpus)
-    if not demand.gpus or demand.workers <= max((len(one.gpus) for one in free), default=0):
+    if not demand.gpus or demand.workers <= max((one.node.size for one in free), default=0):
         return None
     # Larger than any node: whole nodes, each with as many pipeline stages as it holds.
     whole = [one for one in free if one.empty and len(one.gpus) >= demand.together]
@@ -275,7 +297,7 @@ def _take(one: _Free, count: int, share: float, cpus: float) -> list[Worker]:
 
 
 def _sentence(demand: Demand, copy: int, free: list[_Free], nodes: Sequence[Node]) -> str:
-    widest = max((node.gpus for node in nodes), default=0)
+    widest = max((node.size for node in nodes), default=0)
     what = f"{demand.name} {copy}" if demand.copies > 1 else demand.name
     if demand.kind == "engine" and demand.together > widest > 0:
         return (
@@ -300,7 +322,7 @@ def _free_text(free: list[_Free], gpus: bool) -> str:
     kinds: dict[tuple[float, int], list[str]] = {}
     for one in free:
         if left := sum(one.gpus):
-            kinds.setdefault((left, one.node.gpus), []).append(one.node.name)
+            kinds.setdefault((left, one.node.size), []).append(one.node.name)
     texts = [
         f"{left:g} of {there} GPUs on {names[0] if len(names) == 1 else f'each of {len(names)} nodes'}"
         for (left, there), names in sorted(kinds.items(), reverse=True)

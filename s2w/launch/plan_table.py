@@ -16,7 +16,7 @@ def table(plan: Plan) -> str:
         gpus = phase.placement.gpus if phase.placement else 0
         there = sum(machine.node.gpus for machine in plan.machines)
         lines.append(f"phase {phase.name}" + (f": {gpus} of {there} GPUs" if plan.device == "cuda" else ""))
-        lines += _places(phase.placement) if phase.placement else ["  no place, see below"]
+        lines += places_of(phase.placement) if phase.placement else ["  no place, see below"]
         lines += ["", *_memory(phase, plan.device), ""]
     main = plan.phases[-1]
     lines += [*_bytes(main), ""]
@@ -33,7 +33,7 @@ def table(plan: Plan) -> str:
     return "\n".join([*lines, "", *(["does not fit", *verdict] if verdict else ["fits"])])
 
 
-def _places(placement: Placement) -> Iterator[str]:
+def places_of(placement: Placement) -> Iterator[str]:
     """A line for each node that something runs on; neighbours with the same on them in one."""
     lines: list[tuple[str, str]] = []
     for node in placement.nodes:

@@ -26,9 +26,11 @@ import ray
 
 from s2w.actors.calls import each
 from s2w.actors.hardware import resolve_dtype
+from s2w.actors.place import Place
 from s2w.config.schema import Config
 from s2w.errors import ConfigError, PreflightError
 from s2w.launch.job import Job, start_learner
+from s2w.launch.places import reserve_engines
 from s2w.learner.group import LearnerGroup
 from s2w.models.checkpoint import ModelReference, read_checkpoint
 from s2w.models.modes import render
@@ -101,9 +103,12 @@ def check_templates(config: Config, prompts: Sequence[Prompt]) -> None:
 
 
 async def check_teachers_as_students(
-    job: Job, rollouts: RolloutPool, teachers: Teachers, prompts: Sequence[Prompt]
+    job: Job, rollouts: RolloutPool, teachers: Teachers, prompts: Sequence[Prompt], ranks: Sequence[Place]
 ) -> None:
     """``divergence``, before the run's learner starts: a learner group for each teacher, one after the other.
+
+    Args:
+        ranks: places of the learner's ranks.
 
     Raises:
         PreflightError: see :func:`check_divergence`.
@@ -118,7 +123,8 @@ async def check_teachers_as_students(
     settings = teacher_settings(config)
     for name in sorted({sample.signal.name for sample in samples if sample.signal}):
         own = [sample for sample in samples if sample.signal and sample.signal.name == name]
-        learner = await start_learner(config, ModelReference.of(settings[name].model, settings[name].revision), job)
+        model = ModelReference.of(settings[name].model, settings[name].revision)
+        learner = await start_learner(config, model, job, ranks)
         try:
             value = await check_divergence(learner, own, limit)
         finally:
@@ -197,6 +203,7 @@ async def write_references(job: Job, prompts: Sequence[Prompt]) -> list[Referenc
             stop_token_ids=job.models.teacher.eos_token_ids,
             name=name,
             watcher=job.progress,
+            reserve=reserve_engines(config, job.device),
         ) as pool:
             for prompt in taken:
                 rollout = split(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,11 +12,13 @@ from typing import Any
 from s2w.config.schema import Config
 from s2w.data.trial import try_verifiers
 from s2w.launch import preflight
-from s2w.launch.check import check, check_prompts, check_resources
+from s2w.launch.check import check, check_gradients, check_prompts
 from s2w.launch.cluster import connected
+from s2w.launch.demands import phases
 from s2w.launch.describe import lines_about, run_prompts
 from s2w.launch.job import Job, run_to_its_end
 from s2w.launch.phases import last_checkpoint, run_off_policy, run_on_policy, steps_done
+from s2w.launch.places import find_room, rehearse, reserve_engines
 from s2w.launch.run_directory import CHECKPOINTS, OFF_POLICY, OFF_POLICY_CHECKPOINTS, opened
 from s2w.models.student import student_reference
 from s2w.observe.progress import Progress
@@ -29,6 +32,8 @@ from s2w.teacher_data.collect import TeacherResponses
 
 def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None, *, quiet: bool = False) -> int:
     """Runs the whole job; returns the exit code: 0, or 130 if it was interrupted (and saved what it had).
+
+    With ``cluster.dry_run`` it only places empty actors.
 
     Args:
         config: as :func:`s2w.config.compose.compose` returns it.
@@ -50,8 +55,12 @@ def train(config: Config, on_batch: Callable[[list[Scored]], None] | None = None
     progress = Progress(steps, quiet=quiet, verbose=config.cluster.log_to_driver)
     for note in (*models.vocabulary.notes, *lines_about(config, models, prompts, heldout)):
         progress.say(note)
-    with connected(config.cluster) as (device, resources):
-        check_resources(config, device, resources)
+    with connected(config.cluster) as (device, _):
+        check_gradients(config, device)
+        asyncio.run(find_room(config, phases(config), device))
+        if config.cluster.dry_run:
+            asyncio.run(rehearse(config, phases(config), device, progress))
+            return 0
         with opened(config, "train") as run:
             progress.say(f"run directory {run}")
             recorder = Recorder(
@@ -78,11 +87,12 @@ async def _run(
     config, recorder = job.config, job.recorder
     timeline = job.directory / "timeline.jsonl"
     reporter = StepReporter(Timeline(timeline))
-    ceiling = Ceiling(config, job.models, job.device, heldout, job.context_tokens, recorder, job.progress)
+    reserve = reserve_engines(config, job.device)
+    ceiling = Ceiling(config, job.models, job.device, heldout, job.context_tokens, recorder, job.progress, reserve)
     try:
         student = student_reference(config.student, job.directory / "student", config.run.seed)
         teacher_responses = TeacherResponses(
-            config, job.models, job.device, job.directory / OFF_POLICY, job.progress, ceiling
+            config, job.models, job.device, job.directory / OFF_POLICY, job.progress, ceiling, reserve
         )
         if config.off_policy.steps:
             student = await run_off_policy(job, student, teacher_responses)

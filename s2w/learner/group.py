@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from s2w.actors.failures import PROCESS_DEATHS, reason
 from s2w.actors.hardware import cpu_environment, resolve_dtype
+from s2w.actors.place import Place
 from s2w.actors.stages import describe
 from s2w.actors.starting import Watcher, answering, watched
 from s2w.config.schema import Config
@@ -101,7 +102,8 @@ class LearnerGroup:
     config: Config
     device: str
     ranks: list[Any]
-    placement: PlacementGroup
+    placement: PlacementGroup | None
+    """Its own; None where it was given its places."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     skipped_in_a_row: int = 0
     vocab_size: int = 0
@@ -114,6 +116,7 @@ class LearnerGroup:
         device: str,
         vocab_size: int,
         watcher: Watcher | None = None,
+        places: Sequence[Place] = (),
     ) -> LearnerGroup:
         """Places the ranks, loads the student and the teacher's head.
 
@@ -122,10 +125,10 @@ class LearnerGroup:
             device: cuda or cpu.
             vocab_size: ids that student and teacher share.
             watcher: shows what the ranks do meanwhile.
+            places: of the ranks, in their order; none, and they are packed on as few nodes as Ray finds.
 
         Raises:
-            TimeoutError: the cluster did not have the resources within ``cluster.start_timeout_s``, or the ranks were
-                not up.
+            TimeoutError: the ranks were not placed and up within ``cluster.start_timeout_s``.
             LearnerError: a rank failed to start.
         """
         # DeepSpeed is imported here to name the actor's class, and only here: a refused run should not wait for it.
@@ -135,23 +138,20 @@ class LearnerGroup:
 
         learner = config.learner
         bundle = {"CPU": learner.cpus} | ({"GPU": learner.gpus} if device == "cuda" else {})
-        placement = placement_group([bundle] * learner.ranks, strategy="PACK")
-        try:
-            await asyncio.wait_for(placement.ready(), config.cluster.start_timeout_s)
-        except TimeoutError:
-            remove_placement_group(placement)
-            raise TimeoutError(
-                f"no room for {learner.ranks} learner ranks of {bundle} within {config.cluster.start_timeout_s} s; "
-                f"free in the cluster: {ray.available_resources()}"
-            ) from None
-
+        placement = None
+        if not places:
+            placement = placement_group([bundle] * learner.ranks, strategy="PACK")
+            places = [
+                Place({"scheduling_strategy": PlacementGroupSchedulingStrategy(placement, rank)})
+                for rank in range(learner.ranks)
+            ]
         ranks = [
             answering(LearnerRank)
             .options(
                 num_cpus=learner.cpus,
                 num_gpus=learner.gpus if device == "cuda" else 0,
                 runtime_env={"env_vars": _environment(device)},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
+                **places[rank].options,
             )
             .remote(rank, learner.ranks, config.cluster.log_to_driver)
             for rank in range(learner.ranks)
@@ -379,7 +379,8 @@ class LearnerGroup:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
-        remove_placement_group(self.placement)
+        if self.placement is not None:
+            remove_placement_group(self.placement)
 
     async def _connect(self) -> None:
         places = await self._call("place", lambda rank, _: rank.place.remote())

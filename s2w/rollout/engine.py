@@ -112,6 +112,7 @@ class RolloutEngine:
         vocab_size: ids of the vocabulary; rows of the head from there on are padding, which is never sampled.
         candidates: top-k ids of the student to keep for each position; 0 for none (signal ``ids`` needs them).
         stop_token_ids: end-of-sequence ids of the student's checkpoint; vLLM itself knows only those of its files.
+        spans_nodes: as of :class:`s2w.actors.place.Place`.
     """
 
     def __init__(
@@ -125,19 +126,21 @@ class RolloutEngine:
         vocab_size: int,
         candidates: int,
         stop_token_ids: tuple[int, ...],
+        spans_nodes: bool = False,
     ) -> None:
         stages.open_board()
         self.config, self.index, self.candidates = config, index, candidates
         self.stop_token_ids = stop_token_ids
         self.max_model_len = max_model_len
         self._checkpoint, self._device, self._dtype, self._vocab_size = model, device, dtype, vocab_size
+        self._spans_nodes = spans_nodes
         self._requests = count()
 
     async def start(self, version: int) -> None:
         """Loads the model as policy ``version``; returns when the engine takes requests."""
         config, device = self.config, self._device
         world = config.tensor_parallel * config.pipeline_parallel
-        options = prepare_process(device, world, config.threads, config.kv_cache_gib)
+        options = prepare_process(device, world, config.threads, config.kv_cache_gib, self._spans_nodes)
         stages.enter("importing vLLM")
 
         from vllm import AsyncEngineArgs

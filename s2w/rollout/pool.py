@@ -11,6 +11,7 @@ import numpy as np
 import ray
 
 from s2w.actors.failures import PROCESS_DEATHS, answer
+from s2w.actors.place import Places, anywhere
 from s2w.actors.pool import Member, Pool, idle, least_busy
 from s2w.actors.starting import Watcher, answering
 from s2w.actors.vllm import actor_options
@@ -43,15 +44,15 @@ class RolloutPool:
         candidates: int,
         stop_token_ids: tuple[int, ...],
         cluster: ClusterConfig | None = None,
+        place: Places = anywhere,
         on_fault: Callable[[Fault], None] = lambda fault: None,
     ) -> None:
         self.config = config
         cluster = cluster or ClusterConfig()
         self.workers = config.tensor_parallel * config.pipeline_parallel
         """Processes of each engine."""
-        self._actor = answering(RolloutEngine).options(
-            **actor_options(device, config.cpus, self.workers, config.gpus, verbose=cluster.log_to_driver)
-        )
+        self._options = actor_options(device, config.cpus, self.workers, config.gpus, verbose=cluster.log_to_driver)
+        self._place = place
         self._arguments = (model, device, dtype, max_model_len, vocab_size, candidates, stop_token_ids)
         self._version = 0
         self.pool = Pool(
@@ -71,7 +72,9 @@ class RolloutPool:
 
     def create(self, number: int, slot: int) -> Any:
         """See :class:`s2w.actors.pool.Actors`."""
-        return self._actor.remote(self.config, number, *self._arguments)
+        place = self._place(slot)
+        actor = answering(RolloutEngine).options(**self._options | dict(place.options))
+        return actor.remote(self.config, number, *self._arguments, place.spans_nodes)
 
     def load(self, actor: Any) -> ray.ObjectRef:
         return actor.start.remote(self._version)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from s2w.actors.hardware import resolve_dtype
+from s2w.actors.place import Places, anywhere
 from s2w.config.schema import ClusterConfig, RolloutConfig
 from s2w.models.checkpoint import ModelReference
 from s2w.rollout.pool import RolloutPool
@@ -22,11 +23,12 @@ async def serving(
     vocab_size: int,
     stop_token_ids: tuple[int, ...],
     cluster: ClusterConfig,
+    place: Places = anywhere,
 ) -> AsyncIterator[RolloutPool]:
     """Engines that :meth:`RolloutPool.start` loads; they end with the context.
 
     Args:
-        config, name, cluster: as of :class:`RolloutPool`.
+        config, name, cluster, place: as of :class:`RolloutPool`.
         model, device, max_model_len, vocab_size, stop_token_ids: see :class:`s2w.rollout.engine.RolloutEngine`.
     """
     pool = RolloutPool(
@@ -40,6 +42,7 @@ async def serving(
         candidates=0,
         stop_token_ids=stop_token_ids,
         cluster=cluster,
+        place=place,
     )
     try:
         yield pool

@@ -51,10 +51,18 @@ class TeacherEngine:
         max_model_len: Longest prompt plus response, in tokens.
         vocab_size: Ids that teacher and student share; rows of the head from there on are padding, and left out of the
             normalisation.
+        spans_nodes: As of :class:`s2w.actors.place.Place`.
     """
 
     def __init__(
-        self, config: TeacherConfig, index: int, device: str, dtype: str, max_model_len: int, vocab_size: int
+        self,
+        config: TeacherConfig,
+        index: int,
+        device: str,
+        dtype: str,
+        max_model_len: int,
+        vocab_size: int,
+        spans_nodes: bool = False,
     ) -> None:
         stages.open_board()
         self._config = config
@@ -63,6 +71,7 @@ class TeacherEngine:
         self._dtype = dtype
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._spans_nodes = spans_nodes
         self._request_ids = itertools.count()
         self._running = 0
         self._busy_since = 0.0
@@ -72,7 +81,7 @@ class TeacherEngine:
         """Loads the model; returns ``architecture``, ``hidden_size`` and ``dtype``."""
         config = self._config
         world = config.tensor_parallel * config.pipeline_parallel
-        options = prepare_process(self._device, world, config.threads, config.kv_cache_gib)
+        options = prepare_process(self._device, world, config.threads, config.kv_cache_gib, self._spans_nodes)
         stages.enter("importing vLLM")
         from vllm import AsyncEngineArgs
         from vllm.config import PoolerConfig

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from s2w.actors.place import Places, anywhere
 from s2w.actors.pool import Member, Pool, idle
 from s2w.actors.starting import Watcher, answering
 from s2w.actors.vllm import actor_options
@@ -66,6 +67,7 @@ class TeacherPool:
         device, dtype, max_model_len, vocab_size: See :class:`TeacherEngine`.
         sampled: Ask for the log-prob of each sampled token besides the signal.
         name: Of an engine in messages, before its number.
+        place: Finds a place for an engine.
         cluster, on_fault: See :class:`s2w.actors.pool.Pool`.
     """
 
@@ -82,6 +84,7 @@ class TeacherPool:
         sampled: bool = False,
         name: str = "teacher",
         cluster: ClusterConfig | None = None,
+        place: Places = anywhere,
         on_fault: Callable[[Fault], None] = lambda fault: None,
     ) -> None:
         self._config = config
@@ -89,9 +92,8 @@ class TeacherPool:
         self._request = SignalRequest(signal.kind, signal.top_k, temperature, signal.dtype, sampled)
         self._arguments = (device, dtype, max_model_len, vocab_size)
         world = config.tensor_parallel * config.pipeline_parallel
-        self._actor = answering(TeacherEngine).options(
-            **actor_options(device, config.cpus, world, config.gpus, verbose=cluster.log_to_driver)
-        )
+        self._options = actor_options(device, config.cpus, world, config.gpus, verbose=cluster.log_to_driver)
+        self._place = place
         self.shares_gpu = device == "cuda" and config.gpus < 1
         """Others may use an engine's GPU."""
         self._dispatcher = Dispatcher()
@@ -107,7 +109,9 @@ class TeacherPool:
 
     def create(self, number: int, slot: int) -> Any:
         """See :class:`s2w.actors.pool.Actors`."""
-        return self._actor.remote(self._config, number, *self._arguments)
+        place = self._place(slot)
+        actor = answering(TeacherEngine).options(**self._options | dict(place.options))
+        return actor.remote(self._config, number, *self._arguments, place.spans_nodes)
 
     def load(self, actor: Any) -> ray.ObjectRef:
         return actor.start.remote()

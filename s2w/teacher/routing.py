@@ -12,6 +12,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.hardware import resolve_dtype
+from s2w.actors.place import Places, anywhere
 from s2w.actors.starting import Watcher, start_all
 from s2w.config.options import read_options
 from s2w.config.schema import Config, TeacherConfig
@@ -137,6 +138,7 @@ class Teachers:
         context_tokens: from :func:`context_lengths`; such a teacher's sequences are this much longer.
         sampled: they return the log-prob of each sampled token besides their signals.
         reference: the student's first weights, which score too; None for none.
+        places: finds places for the engines of a teacher, by its name.
         on_fault: see :class:`s2w.actors.pool.Pool`.
     """
 
@@ -151,6 +153,7 @@ class Teachers:
         context_tokens: Mapping[str, int],
         sampled: bool = False,
         reference: ModelReference | None = None,
+        places: Callable[[str], Places] = lambda name: anywhere,
         on_fault: Callable[[Fault], None] = lambda fault: None,
     ) -> None:
         self._routes = routes(config)
@@ -171,6 +174,7 @@ class Teachers:
                 sampled=sampled,
                 name=name if name in (DEFAULT, REFERENCE) else f"teacher {name}",
                 cluster=config.cluster,
+                place=places(name),
                 on_fault=on_fault,
             )
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from s2w.actors.calls import each
+from s2w.actors.place import Reserve, nothing_reserved
 from s2w.config.schema import Config
 from s2w.eval.grading import Grader
 from s2w.eval.heldout import heldout_responses, heldout_samples, make_heldout
@@ -31,6 +32,7 @@ class Ceiling:
         device: the engines', cuda or cpu.
         prompts: the held-out ones.
         context_tokens: the most tokens that each teacher's context adds to a prompt.
+        reserve: finds places for the engines.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Ceiling:
         context_tokens: Mapping[str, int],
         recorder: Recorder,
         progress: Progress,
+        reserve: Reserve = nothing_reserved,
     ) -> None:
         self._config, self._models, self._device = config, models, device
         self._context_tokens, self._recorder, self._progress = context_tokens, recorder, progress
+        self._reserve = reserve
         found = routes(config)
         self._prompts = [(teacher_name(found, prompt), prompt) for prompt in prompts]
         self._contexts = contexts(config, models.student.tokenizer)
@@ -85,6 +89,7 @@ class Ceiling:
                 stop_token_ids=checkpoint.eos_token_ids,
                 name=name if name == DEFAULT else f"teacher {name}",
                 watcher=self._progress,
+                reserve=self._reserve,
             ) as pool:
                 await self._generate(name, pool)
         await self._record()

@@ -7,6 +7,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
+from s2w.actors.place import Reserve, nothing_reserved
 from s2w.config.schema import Config
 from s2w.data.verifier_process import VerifierProcess
 from s2w.errors import ConfigError
@@ -28,7 +29,7 @@ class TeacherResponses:
     """The teacher's responses of a run, collected when they are first asked for: a resumed run may not need them.
 
     Args:
-        directory, device, progress, ceiling: as in :func:`collect`.
+        directory, device, progress, ceiling, reserve: as in :func:`collect`.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class TeacherResponses:
         directory: Path,
         progress: Progress,
         ceiling: Ceiling | None = None,
+        reserve: Reserve = nothing_reserved,
     ) -> None:
         self._config, self._models, self._device = config, models, device
-        self._directory, self._progress, self._ceiling = directory, progress, ceiling
+        self._directory, self._progress, self._ceiling, self._reserve = directory, progress, ceiling, reserve
         self._filtered: Filtered | None = None
         self._split: Split | None = None
 
@@ -60,7 +62,13 @@ class TeacherResponses:
         """All of them; dropped ones with the filter that dropped them."""
         if self._filtered is None:
             self._filtered = await collect(
-                self._config, self._models, self._device, self._directory, self._progress, self._ceiling
+                self._config,
+                self._models,
+                self._device,
+                self._directory,
+                self._progress,
+                self._ceiling,
+                self._reserve,
             )
         return self._filtered
 
@@ -72,6 +80,7 @@ async def collect(
     directory: Path,
     progress: Progress,
     ceiling: Ceiling | None = None,
+    reserve: Reserve = nothing_reserved,
 ) -> Filtered:
     """The responses, as kept and dropped by the filters; missing ones are generated first.
 
@@ -80,6 +89,7 @@ async def collect(
     Args:
         device: the engines', cuda or cpu.
         ceiling: the held-out evaluation of the teacher, made with the engines that generate; None for none.
+        reserve: finds places for the engines that generate.
 
     Raises:
         ConfigError: the dataset cannot be read, or nothing passes the filters; the message shows the table.
@@ -92,7 +102,7 @@ async def collect(
         prompts = teacher_prompts(config, models.student.tokenizer)
         store = open_store(config, models, directory)
         provenance = store.provenance
-        await generate(config, models, prompts, store, device, progress, ceiling)
+        await generate(config, models, prompts, store, device, progress, ceiling, reserve)
         responses = store.read(prompts, config.off_policy.samples_per_prompt)
     filtered = await _filter(config, models, responses)
     (directory / TABLE).write_text(json.dumps(filtered.table(), indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from s2w.actors.place import Reserve
 from s2w.actors.starting import Watcher
 from s2w.config.schema import Config, RolloutConfig
 from s2w.models.checkpoint import ModelReference
@@ -51,6 +52,7 @@ async def generating_engines(
     stop_token_ids: tuple[int, ...],
     name: str,
     watcher: Watcher | None,
+    reserve: Reserve,
 ) -> AsyncIterator[RolloutPool]:
     """Engines that generate with a teacher, from their start to their end.
 
@@ -60,16 +62,21 @@ async def generating_engines(
         device, max_model_len, vocab_size, stop_token_ids: as in :class:`~s2w.rollout.engine.RolloutEngine`.
         name: of an engine in messages, before its number.
         watcher: shows how they start.
+        reserve: finds their places.
     """
-    async with serving(
-        settings,
-        model,
-        name=name,
-        device=device,
-        max_model_len=max_model_len,
-        vocab_size=vocab_size,
-        stop_token_ids=stop_token_ids,
-        cluster=config.cluster,
-    ) as pool:
+    async with (
+        reserve(name, settings) as place,
+        serving(
+            settings,
+            model,
+            name=name,
+            device=device,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            stop_token_ids=stop_token_ids,
+            cluster=config.cluster,
+            place=place,
+        ) as pool,
+    ):
         await pool.start(0, config.cluster.start_timeout_s, watcher)
         yield pool

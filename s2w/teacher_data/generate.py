@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from s2w.actors.calls import each
+from s2w.actors.place import Reserve, nothing_reserved
 from s2w.config.schema import Config
 from s2w.data.placeholders import context_columns
 from s2w.data.prompts import build_prompts
@@ -74,6 +75,7 @@ async def generate(
     device: str,
     progress: Progress,
     ceiling: Ceiling | None = None,
+    reserve: Reserve = nothing_reserved,
 ) -> None:
     """Generates the responses that ``store`` lacks; starts the teacher's engines only if it lacks any, and ends them.
 
@@ -81,6 +83,7 @@ async def generate(
 
     Args:
         ceiling: the held-out evaluation of the teacher, which these engines make first; None for none.
+        reserve: finds places for the engines.
     """
     off = config.off_policy
     there = store.keys()
@@ -110,6 +113,7 @@ async def generate(
         stop_token_ids=models.teacher.eos_token_ids,
         name="teacher",
         watcher=progress,
+        reserve=reserve,
     ) as pool:
         if ceiling:
             await ceiling.measure_with(pool)

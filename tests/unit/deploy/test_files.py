@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from s2w.config.compose import compose
-from s2w.launch.check import check_resources
+from s2w.launch.nodes import ACCELERATORS
+from s2w.launch.plan import make_plan
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -50,9 +51,12 @@ def test_compose_names_the_images() -> None:
             assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
 
 
-def test_the_machines_of_skypilot_hold_the_run() -> None:
+def test_the_machines_of_skypilot_hold_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     task: dict[str, Any] = yaml.safe_load((DEPLOY / "skypilot.yaml").read_text())
     gpus = task["num_nodes"] * int(task["resources"]["accelerators"].partition(":")[2])
-    config = compose(shlex.split(task["envs"]["OVERRIDES"]))
-    check_resources(config, "cuda", {"GPU": gpus, "CPU": 32 * task["num_nodes"]})
+    count, model = task["num_nodes"], task["resources"]["accelerators"].partition(":")[0]
+    node = f"{{count: {count}, gpus: {gpus // count}, gpu_memory_gib: {ACCELERATORS[model]}, cpus: 32}}"
+    config = compose([*shlex.split(task["envs"]["OVERRIDES"]), f"cluster.nodes=[{node}]"])
+    assert make_plan(config).problems == ()
     assert config.loop.checkpoint_every

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from room import check_room
 from tiny_models import make_checkpoint
 
 from s2w import cli
 from s2w.config.compose import compose, to_yaml
 from s2w.data.prompts import build_prompts
 from s2w.errors import ConfigError
-from s2w.launch.check import check, check_resources
+from s2w.launch.check import check, check_gradients
 from s2w.launch.phases import last_checkpoint
 from s2w.models.modes import EMPTY_THINK_BLOCK
 from s2w.records import Mode
@@ -162,13 +163,13 @@ def test_resume_auto_starts_a_run_where_there_is_none(overrides: list[str]) -> N
 
 def test_resources_are_counted(overrides: list[str]) -> None:
     config = compose([*overrides, "rollout.engines=5"])
-    check_resources(config, "cpu", {"CPU": 4})
-    with pytest.raises(ConfigError, match=r"reserves 3\.5 CPUs .* but the cluster has 2:"):
-        check_resources(config, "cpu", {"CPU": 2})
+    check_room(config, "cpu", cpus=4)
+    with pytest.raises(ConfigError, match=r"asks for 3\.5 CPUs \(.*\) and the cluster has 2"):
+        check_room(config, "cpu", cpus=2)
     config = compose([*overrides, "rollout.engines=4", "teacher.tensor_parallel=2", "learner.ranks=2"])
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
-    with pytest.raises(ConfigError, match=r"asks for 8 GPUs .* but the cluster has 7"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 7})
+    check_room(config, "cuda", cpus=8, gpus=8)
+    with pytest.raises(ConfigError, match=r"asks for 8 GPUs .* and the cluster has 7"):
+        check_room(config, "cuda", cpus=8, gpus=7)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +194,13 @@ def test_shares_of_a_gpu_must_go_together(overrides: list[str], settings: str, s
 def test_shares_of_a_gpu_are_counted(overrides: list[str]) -> None:
     config = compose([*overrides, "teacher.gpus=0.3", "rollout.gpus=0.25", "learner.gpus=0.45"])
     check(config)
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 1})
-    with pytest.raises(
-        ConfigError, match=r"asks for 1\.1 GPUs \(teachers 0\.4, rollout engines 0\.25, learner 0\.45\)"
-    ):
-        check_resources(
+    check_room(config, "cuda", cpus=8, gpus=1)
+    with pytest.raises(ConfigError, match=r"asks for 1\.1 GPUs \(teacher 0\.4, rollout 0\.25, learner 0\.45\)"):
+        check_room(
             compose([*overrides, "teacher.gpus=0.4", "rollout.gpus=0.25", "learner.gpus=0.45"]),
             "cuda",
-            {"CPU": 8, "GPU": 1},
+            cpus=8,
+            gpus=1,
         )
 
 
@@ -208,22 +208,23 @@ def test_all_teachers_are_counted(overrides: list[str], checkpoint: str) -> None
     more = f"teachers.math={{model: {checkpoint}, modes: [think], replicas: 3, tensor_parallel: 2}}"
     config = compose([*overrides, more])
     check(config)
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 9})
-    with pytest.raises(ConfigError, match=r"asks for 9 GPUs \(teachers 7,.* but the cluster has 8"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
+    check_room(config, "cuda", cpus=8, gpus=9)
+    with pytest.raises(ConfigError, match=r"asks for 9 GPUs \(teacher 1, math 6, rollout 1, learner 1\) and .* has 8"):
+        check_room(config, "cuda", cpus=8, gpus=8)
 
 
 def test_an_engine_takes_gpus_for_each_of_its_stages(overrides: list[str]) -> None:
     config = compose([*overrides, "teacher.pipeline_parallel=2", "rollout.pipeline_parallel=3", "off_policy.steps=1"])
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 6})
-    with pytest.raises(ConfigError, match=r"asks for 6 GPUs \(teachers 2, rollout engines 3, learner 1\)"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 5})
+    check_room(config, "cuda", cpus=8, gpus=6)
+    with pytest.raises(ConfigError, match=r"asks for 6 GPUs \(teacher 2, rollout 3, learner 1\)"):
+        check_room(config, "cuda", cpus=8, gpus=5)
     # The teacher's own generation, alone on the cluster, takes as many as its scoring.
-    with pytest.raises(ConfigError, match=r"2 engines that generate the teacher's responses take 4 GPUs"):
-        check_resources(
+    with pytest.raises(ConfigError, match=r"asks for 4 GPUs \(generator 4\)"):
+        check_room(
             compose([*overrides, "teacher.pipeline_parallel=2", "off_policy.steps=1", "off_policy.engines=2"]),
             "cuda",
-            {"CPU": 8, "GPU": 3},
+            cpus=8,
+            gpus=3,
         )
 
 
@@ -247,5 +248,5 @@ def test_stage_0_in_bfloat16_is_refused_once_the_device_is_known(overrides: list
     required = [*overrides, "learner.zero_stage=0"]
     config = compose(required)
     with pytest.raises(ConfigError, match=r"accumulate gradients in bfloat16: write learner\.zero_stage=1"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 8})
-    check_resources(compose([*required, "learner.dtype=float32"]), "cuda", {"CPU": 8, "GPU": 8})
+        check_gradients(config, "cuda")
+    check_gradients(compose([*required, "learner.dtype=float32"]), "cuda")

@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from changed_settings import changed
+from room import check_room
 from tiny_models import make_checkpoint
 
 from s2w.config.compose import compose
 from s2w.config.schema import Config
 from s2w.errors import ConfigError
-from s2w.launch.check import check, check_prompts, check_resources
+from s2w.launch.check import check, check_prompts
 from s2w.models.modes import render
 from s2w.records import Prompt
 
@@ -169,9 +170,9 @@ def test_a_reference_is_counted_and_laid_out(base: Config) -> None:
     with pytest.raises(ConfigError, match=r"unknown setting reference\.replica: did you mean replicas"):
         check(changed(stable, "reference={replica: 2}"))
     config = changed(stable, "reference={replicas: 2, tensor_parallel: 2}")
-    check_resources(config, "cuda", {"CPU": 8, "GPU": 7})
-    with pytest.raises(ConfigError, match=r"asks for 7 GPUs \(teachers 5, rollout engines 1, learner 1\)"):
-        check_resources(config, "cuda", {"CPU": 8, "GPU": 6})
+    check_room(config, "cuda", cpus=8, gpus=7)
+    with pytest.raises(ConfigError, match=r"asks for 7 GPUs \(teacher 1, reference 4, rollout 1, learner 1\)"):
+        check_room(config, "cuda", cpus=8, gpus=6)
 
 
 SAMPLED = ["signal.kind=sampled", "loss.divergence=reverse_kl"]
