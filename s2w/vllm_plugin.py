@@ -16,13 +16,13 @@ def register() -> None:
     from s2w.actors import vllm_stages, vocabulary_mask
     from s2w.actors.orphans import die_with_parent
     from s2w.teacher import scoring
-    from s2w.weights import shm
+    from s2w.weights import backends
 
     die_with_parent()
     vllm_stages.register()
     vocabulary_mask.register()
     scoring.register()
-    shm.register()
+    backends.register()
     if current_platform.is_cpu():
         _sleep_instead_of_spinning()
         _make_pipeline_buffers()

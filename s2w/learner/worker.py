@@ -44,8 +44,9 @@ from s2w.objectives.divergences import Divergence, divergence_of
 from s2w.objectives.kernel import HiddenRows, SampledRows, SparseRows, TeacherRows
 from s2w.records import Scored
 from s2w.teacher.routing import REFERENCE
+from s2w.weights.backends import backend_of
 from s2w.weights.stream import CheckpointStream
-from s2w.weights.transfer import TRANSFERS, Update, backend_of
+from s2w.weights.transfer import TRANSFERS, Update
 
 _RANKS = "ranks"
 """DeepSpeed's tag: the directory with the files of every rank."""

@@ -148,8 +148,8 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from s2w.actors.vocabulary_mask import engine_option
+        from s2w.weights.backends import backend_of
         from s2w.weights.publish import EngineWeights
-        from s2w.weights.transfer import backend_of
 
         batched = config.max_batched_tokens
         if device == "cpu":

@@ -1,4 +1,4 @@
-"""Weights in shared memory: the segment that holds them on one node, and its registration as a vLLM backend."""
+"""Weights in shared memory: the segment that holds them on one node."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import TypedDict
 import torch
 
 from s2w.weights.stream import CheckpointStream, CheckpointTensor
-
-BACKEND = "shm"
-"""Name of the backend in vLLM's ``WeightTransferConfig``."""
 
 ALIGNMENT = 64
 """Bytes, a cache line: every tensor begins on one."""
@@ -86,11 +83,3 @@ def _views(memory: mmap.mmap, info: SegmentInfo) -> Iterator[tuple[str, torch.Te
     for name, dtype, shape, offset in info["tensors"]:
         count = torch.Size(shape).numel()
         yield name, torch.frombuffer(memory, dtype=getattr(torch, dtype), count=count, offset=offset).view(shape)
-
-
-def register() -> None:
-    """Makes the backend known to vLLM; idempotent, as vLLM may load plugins more than once in a process."""
-    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, "s2w.weights.shm_engine", "SharedMemoryTransferEngine")

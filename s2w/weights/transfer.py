@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.multiprocessing import reductions
 
-from s2w.weights import shm
+from s2w.weights import backends, shm
 from s2w.weights.stream import CheckpointStream, CheckpointTensor
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class SharedMemoryTransfer(Transfer):
     first swap on: allocating new memory for each would cost several times as much as the copy.
     """
 
-    backend = shm.BACKEND
+    backend = backends.SHARED_MEMORY
     _segment: shm.Segment | None = None
 
     def prepare(self, workers: dict[int, int]) -> Update | None:
@@ -94,11 +94,11 @@ class NcclTransfer(Transfer):
     """GPU: broadcast from rank 0 to every worker of every engine, by vLLM's own NCCL backend.
 
     Not run on a GPU yet. Weights are gathered parameter by parameter while they are broadcast in buckets, so no
-    rank holds the whole model; the engines are paused for that long. vLLM's engine side does not notice a missing
-    weight: the probe after the swap does. Learner and engines have their own GPUs: NCCL refuses two ranks on one.
+    rank holds the whole model; the engines are paused for that long. Learner and engines have their own GPUs: NCCL
+    refuses two ranks on one.
     """
 
-    backend = "nccl"
+    backend = backends.NCCL
     _engine: NCCLTrainerWeightTransferEngine | None = None
     _connected: dict[int, int] | None = None
     """Engines that the communicator spans; None until a swap over it has succeeded."""
@@ -179,11 +179,13 @@ class IpcTransfer(Transfer):
     """One GPU: the engines map a copy of the weights that rank 0 keeps there, by vLLM's CUDA IPC backend.
 
     Like :class:`SharedMemoryTransfer`: gathering and writing come before the engines stop, and the copy, in the
-    engines' dtype, stays from the first swap on. As with NCCL, the engine side does not notice a missing weight.
+    engines' dtype, stays from the first swap on. Not run on a GPU yet.
     """
 
-    backend = "ipc"
+    backend = backends.IPC
     _copy: list[torch.Tensor] | None = None
+    _handles: list[dict[str, Any]] | None = None
+    """For each tensor the arguments of torch's ``rebuild_cuda_tensor``, by the id by which vLLM picks its own GPU."""
 
     def prepare(self, workers: dict[int, int]) -> Update | None:
         if self.rank != 0:
@@ -191,27 +193,34 @@ class IpcTransfer(Transfer):
             return None
         metadata = self.stream.metadata()
         if self._copy is None:
-            memory = torch.empty(shm.place(metadata)[1], dtype=torch.uint8, device="cuda")
+            offsets, size = shm.place(metadata)
+            memory = torch.empty(size, dtype=torch.uint8, device="cuda")
             self._copy = [
                 memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                for tensor, offset in zip(metadata, shm.place(metadata)[0], strict=True)
+                for tensor, offset in zip(metadata, offsets, strict=True)
             ]
-        torch.cuda.ipc_collect()  # What the engines have closed since.
+            gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+            self._handles = [{gpu: handle} for handle in exported(memory, self._copy)]
         for target, (_, value) in zip(self._copy, self.stream, strict=True):
             target.copy_(value)
         torch.cuda.synchronize()
-        # vLLM picks its own GPU's handle by this id.
-        gpu = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        info = {
-            **described(metadata),
-            # A new handle for each swap: every one counts its readers.
-            "ipc_handles": [{gpu: reductions.reduce_tensor(tensor)[1]} for tensor in self._copy],
-        }
-        return Update(info, self.stream.nbytes)
+        return Update({**described(metadata), "ipc_handles": self._handles}, self.stream.nbytes)
 
     def connect(self) -> None: ...
 
     def send(self) -> None: ...
+
+
+def exported(memory: torch.Tensor, views: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    """Arguments of torch's ``rebuild_cuda_tensor`` for ``views`` of ``memory``, which lives as long as this process.
+
+    The memory is exported once: torch wraps it anew at each export, and each wrapper would stay.
+    """
+    _, arguments = reductions.reduce_tensor(memory)
+    cls, _, _, _, storage_cls, _, *rest = arguments
+    return [
+        (cls, tuple(view.shape), view.stride(), view.storage_offset(), storage_cls, view.dtype, *rest) for view in views
+    ]
 
 
 def described(tensors: Sequence[CheckpointTensor]) -> dict[str, Any]:
@@ -227,11 +236,3 @@ TRANSFERS: dict[str, type[Transfer]] = {
     transfer.backend: transfer for transfer in (SharedMemoryTransfer, NcclTransfer, IpcTransfer)
 }
 """Transfers by vLLM's name of their backend."""
-
-
-def backend_of(device: str, gpus: float) -> str:
-    """The backend for learner and engines on ``device`` (``cuda`` or ``cpu``), which reserve ``gpus`` of a GPU each:
-    with less than one, they share it."""
-    if device == "cpu":
-        return SharedMemoryTransfer.backend
-    return IpcTransfer.backend if gpus < 1 else NcclTransfer.backend
