@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ray
 
-from s2w.actors.failures import reason
+from s2w.actors.failures import PROCESS_DEATHS, reason, root
 from s2w.actors.stages import Stage, describe
 
 Item = TypeVar("Item")
@@ -49,32 +50,45 @@ async def each(
 
 async def all_up(
     what: str, calls: Mapping[int, ray.ObjectRef], timeout_s: float, stages: Callable[[], Mapping[int, Stage]]
-) -> list[Any]:
-    """Results of the start-up calls of all actors of a pool, which are given by the actors' numbers.
+) -> dict[int, Any]:
+    """Results of the start-up calls of all actors of a pool, by the actors' numbers, by which they are given too.
+
+    An actor that has died has a RuntimeError as its result, which says how; the others are waited for.
 
     Args:
         what: the kind of the actors, such as "rollout engine".
         stages: gives what each of them does, for the text of an error; as from :func:`s2w.actors.starting.watched`.
 
     Raises:
-        RuntimeError: names the first actor that failed, or how many were not up in ``timeout_s`` seconds.
+        RuntimeError: names the first actor that failed without dying, or how many were not up in ``timeout_s`` seconds.
     """
     tasks = {number: asyncio.ensure_future(as_future(call)) for number, call in calls.items()}
+    results: dict[int, Any] = {}
+    end = time.monotonic() + timeout_s
     try:
-        done, waiting = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        while len(results) < len(tasks):
+            left = [task for number, task in tasks.items() if number not in results]
+            await asyncio.wait(left, timeout=max(0, end - time.monotonic()), return_when=asyncio.FIRST_EXCEPTION)
+            found = {number: task for number, task in tasks.items() if number not in results and task.done()}
+            if not found:
+                raise RuntimeError(
+                    f"{len(left)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s "
+                    f"({describe(what, stages())}): give them more time (cluster.start_timeout_s) or look at the "
+                    "cluster's free resources (ray status)"
+                )
+            for number, task in found.items():
+                if (error := task.exception()) is None:
+                    results[number] = task.result()
+                    continue
+                who = f"{what} {number}"
+                results[number] = RuntimeError(f"{who} did not start: {reason(error, who)}")
+                results[number].__cause__ = error
+                if not isinstance(root(error), PROCESS_DEATHS):
+                    raise results[number]
     finally:
         for task in tasks.values():
             task.cancel()  # Those that have not ended.
-    for number, task in tasks.items():
-        if task in done and (error := task.exception()):
-            who = f"{what} {number}"
-            raise RuntimeError(f"{who} did not start: {reason(error, who)}") from error
-    if waiting:
-        raise RuntimeError(
-            f"{len(waiting)} of {len(calls)} {what}s were not up after {timeout_s:.0f} s ({describe(what, stages())}): "
-            "give them more time (cluster.start_timeout_s) or look at the cluster's free resources (ray status)"
-        )
-    return [task.result() for task in tasks.values()]
+    return results
 
 
 async def as_future(call: ray.ObjectRef) -> Any:

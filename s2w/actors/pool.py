@@ -128,14 +128,36 @@ class Pool:
             watcher: shows what the members do meanwhile, and later who dies and those that replace them.
 
         Raises:
-            RuntimeError: a member could not be placed or could not load.
+            RuntimeError: a member could not be placed, could not load, or died in each of ``cluster.start_attempts``
+                starts.
         """
         self._watcher = watcher
         together = [[member] for member in self.members] if self._in_turn else [self.members]
-        answers = [answer for members in together for answer in await self._load(members, timeout_s)]
+        answers = [answer for members in together for answer in await self._start(members, timeout_s)]
         for member in self.members:
             self._serve(member)
         return answers
+
+    async def _start(self, members: Sequence[Member], timeout_s: float) -> list[Any]:
+        """Loads members, and those that die meanwhile again; what their start did, in their order."""
+        answers: dict[int, Any] = {}
+        starting = list(members)
+        for attempt in range(self._cluster.start_attempts):
+            loaded = await self._load(starting, timeout_s)
+            answers |= {member.slot: loaded[member.number] for member in starting}
+            dead = [member for member in starting if isinstance(loaded[member.number], Exception)]
+            if not dead:
+                break
+            if attempt + 1 == self._cluster.start_attempts:
+                raise answers[dead[0].slot]
+            starting = []
+            for member in dead:
+                self._warn(f"{loaded[member.number]}; it is started again")
+                await self._end(member, in_order=False)
+                again = self._member(member.slot)
+                self.members[self.members.index(member)] = again
+                starting.append(again)
+        return [answers[member.slot] for member in members]
 
     @property
     def serving(self) -> list[Member]:
@@ -270,7 +292,8 @@ class Pool:
     def _who(self, member: Member) -> str:
         return f"{self.name} {member.number}"
 
-    async def _load(self, members: Sequence[Member], timeout_s: float) -> list[Any]:
+    async def _load(self, members: Sequence[Member], timeout_s: float) -> dict[int, Any]:
+        """Results by number, as :func:`s2w.actors.calls.all_up`."""
         actors = {member.number: member.actor for member in members}
         async with watched(self.name, actors, self._watcher) as stages:
             calls = {number: self._actors.load(actor) for number, actor in actors.items()}
@@ -316,7 +339,9 @@ class Pool:
             try:
                 member = self._member(lost.slot)
                 self.members.append(member)
-                await self._load([member], self._cluster.start_timeout_s)
+                [result] = (await self._load([member], self._cluster.start_timeout_s)).values()
+                if isinstance(result, Exception):
+                    raise result
             except Exception as error:
                 self._lost = error
                 if member is not None:

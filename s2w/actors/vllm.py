@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,12 +110,15 @@ def fail_with_engine_core(llm: AsyncLLM) -> None:
 
 @contextmanager
 def telling_start_failure() -> Iterator[None]:
-    """Raises what ended the engine core, where vLLM says only that it did not start."""
+    """Raises what ended the engine core, where vLLM says only that it did not start; :class:`EngineDiedError` if that
+    was no error of its own."""
     try:
         yield
     except Exception as error:
         if why := stages.failure():
             raise RuntimeError(why) from error
+        if found := re.search(r"Failed core proc\(s\): \{.*?: (-?\d+)\}", str(error)):
+            raise EngineDiedError(f"its EngineCore process {_end(int(found[1]))}") from error
         raise
 
 

@@ -128,7 +128,7 @@ class LearnerGroup:
             places: of the ranks, in their order; none, and they are packed on as few nodes as Ray finds.
 
         Raises:
-            TimeoutError: the ranks were not placed and up within ``cluster.start_timeout_s``.
+            TimeoutError: the ranks were not placed within ``cluster.start_timeout_s``, or not up.
             LearnerError: a rank failed to start.
         """
         # DeepSpeed is imported here to name the actor's class, and only here: a refused run should not wait for it.
@@ -141,6 +141,12 @@ class LearnerGroup:
         placement = None
         if not places:
             placement = placement_group([bundle] * learner.ranks, strategy="PACK")
+            if not await asyncio.to_thread(placement.wait, config.cluster.start_timeout_s):
+                remove_placement_group(placement)
+                raise TimeoutError(
+                    f"no room for {learner.ranks} learner ranks of {bundle} within {config.cluster.start_timeout_s} s; "
+                    f"free in the cluster: {ray.available_resources()}"
+                )
             places = [
                 Place({"scheduling_strategy": PlacementGroupSchedulingStrategy(placement, rank)})
                 for rank in range(learner.ranks)

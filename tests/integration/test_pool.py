@@ -31,12 +31,14 @@ POISON = "poison"
 class Actor:
     """Answers with its number once it is told to go on."""
 
-    def __init__(self, number: int, starts: bool) -> None:
+    def __init__(self, number: int, starts: bool | None) -> None:
         stages.open_board()
         self.number, self.starts = number, starts
         self.go = asyncio.Event()
 
     async def start(self) -> int:
+        if self.starts is None:
+            os._exit(1)
         if not self.starts:
             raise ValueError("no such model")
         stages.enter(stages.UP)
@@ -63,10 +65,10 @@ class Actors:
     """As a pool of engines is.
 
     Args:
-        good: whether the member with a number can start.
+        good: whether the member with a number can start; None if it dies of it.
     """
 
-    def __init__(self, good: Callable[[int], bool] = lambda number: True) -> None:
+    def __init__(self, good: Callable[[int], bool | None] = lambda number: True) -> None:
         self.good = good
         self.slots: list[int] = []
         self.forgotten: list[int] = []
@@ -242,3 +244,24 @@ def test_a_cancelled_request_gives_its_place_back() -> None:
             await pool.shutdown()
 
     asyncio.run(run())
+
+
+def test_one_that_dies_in_the_first_start_is_started_again() -> None:
+    async def run(good: Callable[[int], bool | None], size: int = 3) -> tuple[list[int], list[int]]:
+        actors = Actors(good)
+        pool, faults = make_pool(size, actors)
+        try:
+            pids = await pool.start(60)
+            assert len(set(pids)) == size and not faults
+            return [member.number for member in pool.serving], actors.slots
+        finally:
+            await pool.shutdown()
+
+    # Number 1 dies; number 3 has its slot.
+    assert asyncio.run(run(lambda number: None if number == 1 else True)) == ([0, 3, 2], [0, 1, 2, 1])
+    # Twice is as often as is tried.
+    with pytest.raises(RuntimeError, match=r"^worker 3 did not start: its process \d+ was killed or crashed"):
+        asyncio.run(run(lambda number: None if number in (1, 3) else True))
+    # An error is one that the next start would meet too.
+    with pytest.raises(RuntimeError, match=r"^worker 2 did not start: no such model"):
+        asyncio.run(run(lambda number: number != 2))
