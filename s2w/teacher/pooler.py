@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler.abstract import Pooler
@@ -179,7 +179,10 @@ class TeacherPooler(Pooler):
         super().__init__()
         rows = vllm_config.model_config.get_vocab_size()
         self._head = ShardedHead(model, vocabulary_of(vllm_config) or rows)
-        shard = rows / vllm_config.parallel_config.tensor_parallel_size
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        # vLLM copies what each rank returns to the host, and takes the first one's.
+        self._replies = ranks == 1 or get_tensor_model_parallel_rank() == 0
+        shard = rows / ranks
         self._chunk_rows = max(1, int(LOGITS_BYTES / (4 * shard)))
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
@@ -206,7 +209,7 @@ class TeacherPooler(Pooler):
             kind, temperature = wanted["kind"], wanted["temperature"]
             here = slice(low - start, end - start)
             if kind == "hidden":
-                rows[i] = hidden.clone()  # the next step writes to the same buffer
+                rows[i] = hidden.clone() if self._replies else hidden  # the next step writes to the same buffer
             else:
                 top_k, ids = wanted["top_k"], torch.empty(len(hidden), 0, dtype=torch.int64)
                 if kind != "topk":
@@ -244,15 +247,18 @@ class TeacherPooler(Pooler):
         return {piece.request: rows for piece, rows in zip(pieces, torch.cat(chunks).split(sizes), strict=True)}
 
     def _collect(self, parts: list[torch.Tensor], rows: torch.Tensor | None, finished: bool) -> torch.Tensor | None:
-        """Adds ``rows`` to the parts of earlier chunks; returns all of them once the request is finished.
+        """Adds ``rows`` to the parts of earlier chunks; returns all of them once the request is finished, on the rank
+        that replies.
 
         The scheduler finishes the prefill that it began before it starts another, so only about one request's
         parts wait on the device.
         """
-        if rows is not None:
+        if rows is not None and self._replies:
             parts.append(rows)
         if not finished:
             return None
+        if not self._replies:
+            return torch.empty(0)
         result = torch.cat(parts)
         parts.clear()
         return result
