@@ -26,6 +26,7 @@ def register() -> None:
     if current_platform.is_cpu():
         _sleep_instead_of_spinning()
         _make_pipeline_buffers()
+        _pack_when_needed()
 
 
 def _sleep_instead_of_spinning() -> None:
@@ -58,3 +59,25 @@ def _make_pipeline_buffers() -> None:
         return gather(self, *args, **kwargs)
 
     GPUModelRunner.sync_and_gather_intermediate_tensors = made  # type: ignore[method-assign]
+
+
+@functools.cache
+def _pack_when_needed() -> None:
+    """Packs embeddings and heads on a CPU at their first matrix product.
+
+    vLLM packs all of them when they are loaded, each packed copy as large as the weights. Input embeddings never have a
+    product, and neither have the heads of teachers in bfloat16, whose logits are float32.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    pack = UnquantizedEmbeddingMethod.process_weights_after_loading
+
+    @functools.wraps(pack)
+    def pack_later(self: Any, layer: Any) -> None:
+        def first(x: Any, weight: Any, bias: Any) -> Any:
+            pack(self, layer)  # Replaces the attribute.
+            return layer.cpu_linear(x, weight, bias)
+
+        layer.cpu_linear = first
+
+    UnquantizedEmbeddingMethod.process_weights_after_loading = pack_later  # type: ignore[method-assign]
