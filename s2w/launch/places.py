@@ -101,8 +101,9 @@ class ReservedPhase:
             placed = self._placed[name, slot]
             held = self._held.get((name, slot))
             if held is not None and held.nodes - {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
-                self._groups.remove(held.group)
-                remove_placement_group(held.group)
+                if held.group in self._groups:  # Others may have shared it.
+                    self._groups.remove(held.group)
+                    remove_placement_group(held.group)
                 held = self._hold([placed], pinned=False)
             return _place_in(placed, held)
 
