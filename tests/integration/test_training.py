@@ -382,6 +382,6 @@ def training_batches(run: Run) -> list[list[Scored]]:
 
 
 def test_too_few_cpus_are_said_before_a_model_loads(job: Callable[..., Run], runs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"reserves 1000\.4 CPUs .* but the cluster has \d+:"):
+    with pytest.raises(ConfigError, match=r"^on-policy: the run asks for 1000\.4 CPUs .* and the cluster has \d+"):
         job("greedy", "rollout.cpus=1000", "loop.steps=1")
     assert not (runs / "greedy").exists()
