@@ -62,20 +62,22 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _asked(what: str, columns: str) -> list[list[int]]:
+    """Rows of numbers that nvidia-smi tells; memory is in MiB."""
+    command = ["nvidia-smi", f"--query-{what}={columns}", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [[int(value) for value in line.split(",")] for line in lines if "N/A" not in line]
+
+
 class GpuSampler:
-    """Watches ten times a second what the actors below this process hold on the GPUs."""
+    """Watches what the actors below this process hold on the GPUs, as nvidia-smi tells."""
 
     def __init__(self) -> None:
-        import pynvml
-
-        self._nvml = pynvml
-        pynvml.nvmlInit()
-        self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(gpu) for gpu in range(pynvml.nvmlDeviceGetCount())]
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._actors: dict[int, str | None] = {}
         self.whole = 0
-        """Bytes that all processes hold, at the most."""
+        """MiB that all processes hold, at the most."""
         self.peaks: dict[str, int] = {}
         """Bytes by actor, with its children, at the most."""
 
@@ -88,14 +90,12 @@ class GpuSampler:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.1):
+        while not self._done.wait(0.2):
             held: dict[str, int] = {}
-            whole = sum(self._nvml.nvmlDeviceGetMemoryInfo(gpu).used for gpu in self._gpus)
-            self.whole = max(self.whole, whole)
-            for gpu in self._gpus:
-                for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(gpu):
-                    if (actor := self._actor(process.pid)) is not None and process.usedGpuMemory:
-                        held[actor] = held.get(actor, 0) + process.usedGpuMemory
+            self.whole = max(self.whole, sum(used for [used] in _asked("gpu", "memory.used")))
+            for pid, used in _asked("compute-apps", "pid,used_memory"):
+                if (actor := self._actor(pid)) is not None:
+                    held[actor] = held.get(actor, 0) + used * 2**20
             for actor, size in held.items():
                 self.peaks[actor] = max(size, self.peaks.get(actor, 0))
 
@@ -130,4 +130,4 @@ def train(directory: Path, *overrides: str) -> GpuRun:
     with GpuSampler() as sampler:
         subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return GpuRun(lines, json.loads((directory / "summary.json").read_text()), sampler.peaks, sampler.whole)
+    return GpuRun(lines, json.loads((directory / "summary.json").read_text()), sampler.peaks, sampler.whole * 2**20)
