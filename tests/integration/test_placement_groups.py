@@ -116,20 +116,25 @@ def test_a_dry_run_says_where_everything_would_be(cluster: Cluster) -> None:
 def test_a_place_whose_node_is_gone_is_found_anew(cluster: Cluster) -> None:
     async def check() -> None:
         async with on_policy(config) as places:
-            [lost] = [p for p in places.placement.placed if p.name == "teacher 1"]
-            find, [node_id] = places.places("teacher"), set(actual_nodes(places, "teacher", 1))
-            before = find(1).options["scheduling_strategy"].placement_group
-            assert find(1).options["scheduling_strategy"].placement_group == before
+            # Not the one on the node of this process.
+            here, find = ray.get_runtime_context().get_node_id(), places.places("teacher")
+            lost = next(copy for copy in (0, 1) if actual_nodes(places, "teacher", copy) != [here])
+            [node_id] = actual_nodes(places, "teacher", lost)
+
+            def group_of(copy: int) -> Any:
+                return find(copy).options["scheduling_strategy"].placement_group
+
+            before, other = group_of(lost), group_of(1 - lost)
+            assert group_of(lost) == before
             [node] = [node for node in cluster.list_all_nodes() if node.node_id == node_id]
             cluster.remove_node(node)
             while node_id in {node.node_id for node in ray_nodes(free=False)}:
                 await asyncio.sleep(0.2)
-            after = find(1).options["scheduling_strategy"].placement_group
-            assert after != before and lost.nodes
+            assert group_of(lost) != before
             await places.ready(60)
-            assert actual_nodes(places, "teacher", 1) != [node_id]
-            # The others stay where they are.
-            assert find(0).options["scheduling_strategy"].placement_group == places._held["teacher", 0].group
+            assert actual_nodes(places, "teacher", lost) != [node_id]
+            # The other one stays where it is.
+            assert group_of(1 - lost) == other
 
     config = compose([*LARGE, "rollout.engines=8", f"cluster.address='{cluster.address}'"])
     with joined(cluster):
