@@ -41,6 +41,11 @@ def resolve_dtype(name: str, device: str) -> str:
     return "bfloat16" if native else "float32"
 
 
+def shares_gpu(device: str, gpus: float) -> bool:
+    """Whether an actor on ``device`` (cuda or cpu), which reserves ``gpus`` of a GPU, leaves the rest to others."""
+    return device == "cuda" and gpus < 1
+
+
 def core_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from s2w.actors import stages
 from s2w.actors.failures import EngineDiedError
-from s2w.actors.hardware import core_count, cpu_environment
+from s2w.actors.hardware import core_count, cpu_environment, shares_gpu
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -40,7 +40,7 @@ def actor_options(device: str, cpus: float, world: int, gpus: float = 1.0, *, ve
     environment = {"VLLM_LOGGING_LEVEL": level, "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if device == "cpu":
         environment |= cpu_environment()
-    elif gpus < 1:
+    if shares_gpu(device, gpus):
         # CUDA IPC handles pass between processes of vLLM, which has no other form for them than a pickle.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return {

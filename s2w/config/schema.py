@@ -486,8 +486,8 @@ class ClusterConfig:
     start_timeout_s: Resumable[Positive] = 900
     """How long actors may take to be placed and to load their models."""
     start_attempts: Resumable[Positive] = 3
-    """How often the start of an engine that replaces a dead one is tried, with growing pauses, before the run goes on
-    without it; it ends when no engine of a kind is left."""
+    """How often the start of an engine that dies of it is tried: the first one, without which the run ends, and that of
+    a replacement, with growing pauses, without which it goes on until no engine of a kind is left."""
     hang_timeout_s: Resumable[Positive] = 300
     """How long an engine may give no sign of life before it is ended and replaced, like one that has died."""
     dry_run: Resumable[bool] = False

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from s2w.actors.hardware import resolve_dtype
+from s2w.actors.hardware import resolve_dtype, shares_gpu
 from s2w.actors.starting import start_all
 from s2w.config.schema import Config
 from s2w.controller import Controller
@@ -91,7 +91,7 @@ async def run_off_policy(job: Job, student: ModelReference, teacher_responses: T
                 )
                 starts["teachers"] = partial(teachers.start, config.cluster.start_timeout_s, progress)
             starts["learner"] = partial(start_learner, settings, student, job, places.ranks())
-            learner = (await start_all(starts, in_turn=shares_gpu(job)))["learner"]
+            learner = (await start_all(starts, in_turn=shares_gpu(job.device, config.learner.gpus)))["learner"]
             if last:
                 progress.now(f"loading the optimizer state of {last}")
                 await learner.load(last)
@@ -194,7 +194,7 @@ async def run_on_policy(
             }
             if config.run.preflight != "divergence":
                 starts["learner"] = partial(start_learner, config, student, job, places.ranks())
-            learner = (await start_all(starts, in_turn=shares_gpu(job))).get("learner")
+            learner = (await start_all(starts, in_turn=shares_gpu(job.device, config.learner.gpus))).get("learner")
             if learner is None:
                 await preflight.check_teachers_as_students(job, rollouts, teachers, heldout, places.ranks())
                 learner = await start_learner(config, student, job, places.ranks())
@@ -233,11 +233,6 @@ async def run_on_policy(
             await asyncio.gather(teachers.shutdown(), rollouts.shutdown())
             if learner is not None:
                 learner.shutdown()
-
-
-def shares_gpu(job: Job) -> bool:
-    """Whether the learner's GPU is also the engines'."""
-    return job.device == "cuda" and job.config.learner.gpus < 1
 
 
 def phase_saver(job: Job, phase: Phase, learner: LearnerGroup, directory: Path, step: int) -> Saver:

@@ -18,7 +18,16 @@ from s2w.config.schema import Config, RolloutConfig
 from s2w.errors import ConfigError
 from s2w.launch.demands import LEARNER, Engine, Phase
 from s2w.launch.nodes import ray_nodes
-from s2w.launch.placement import DoesNotFitError, Group, Placed, Placement, place, placement_group_of, shared_group
+from s2w.launch.placement import (
+    DoesNotFitError,
+    Group,
+    Node,
+    Placed,
+    Placement,
+    place,
+    placement_group_of,
+    shared_group,
+)
 from s2w.launch.plan_table import places_of
 from s2w.observe.progress import Progress
 
@@ -37,19 +46,20 @@ async def find_room(config: Config, phases: Sequence[Phase], device: str) -> lis
     loop = asyncio.get_running_loop()
     end = loop.time() + GIVING_BACK_S
     while True:
+        whole, free = ray_nodes(free=False), ray_nodes(free=True)
         for phase in phases:
-            _place(config, phase, device, free=False)
+            _place(config, phase, device, whole)
         try:
-            return [_place(config, phase, device, free=True) for phase in phases]
+            return [_place(config, phase, device, free) for phase in phases]
         except DoesNotFitError as error:
             if loop.time() > end:
                 raise DoesNotFitError(f"{error}: other jobs have the rest of the cluster") from error
         await asyncio.sleep(1)
 
 
-def _place(config: Config, phase: Phase, device: str, *, free: bool) -> Placement:
+def _place(config: Config, phase: Phase, device: str, nodes: Sequence[Node]) -> Placement:
     try:
-        return place(ray_nodes(free=free), phase.demands(config, device))
+        return place(nodes, phase.demands(config, device))
     except DoesNotFitError as error:
         raise DoesNotFitError(f"{phase.name}: {error}") from error
 

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 
 from s2w.actors.failures import PROCESS_DEATHS, answer
+from s2w.actors.hardware import shares_gpu
 from s2w.actors.place import Places, anywhere
 from s2w.actors.pool import Member, Pool, idle, least_busy
 from s2w.actors.starting import Watcher, answering
@@ -60,7 +61,7 @@ class RolloutPool:
             config.engines,
             self,
             sequences=config.max_sequences,
-            in_turn=device == "cuda" and config.gpus < 1,
+            in_turn=shares_gpu(device, config.gpus),
             cluster=cluster,
             on_fault=on_fault,
         )

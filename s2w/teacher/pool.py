@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from s2w.actors.hardware import shares_gpu
 from s2w.actors.place import Places, anywhere
 from s2w.actors.pool import Member, Pool, idle
 from s2w.actors.starting import Watcher, answering
@@ -94,7 +95,7 @@ class TeacherPool:
         world = config.tensor_parallel * config.pipeline_parallel
         self._options = actor_options(device, config.cpus, world, config.gpus, verbose=cluster.log_to_driver)
         self._place = place
-        self.shares_gpu = device == "cuda" and config.gpus < 1
+        self.shares_gpu = shares_gpu(device, config.gpus)
         """Others may use an engine's GPU."""
         self._dispatcher = Dispatcher()
         self.pool = Pool(

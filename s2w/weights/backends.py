@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from s2w.actors.hardware import shares_gpu
+
 SHARED_MEMORY, NCCL, IPC = "s2w_shm", "s2w_nccl", "s2w_ipc"
 """Names in vLLM's ``WeightTransferConfig``."""
 ENGINES = {
@@ -17,7 +19,7 @@ def backend_of(device: str, gpus: float) -> str:
     with less than one, they share it."""
     if device == "cpu":
         return SHARED_MEMORY
-    return IPC if gpus < 1 else NCCL
+    return IPC if shares_gpu(device, gpus) else NCCL
 
 
 def register() -> None:

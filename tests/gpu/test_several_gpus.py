@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu_runs import GpuRun, train
+from gpu_runs import check_swaps, train
 
 TESTBED = [
     "experiment=testbed", "rollout.dtype=auto", "learner.dtype=auto", "off_policy.steps=0", "loop.steps=4",
@@ -14,25 +14,18 @@ TESTBED = [
 ONE_GPU_TEACHER = ["teacher.tensor_parallel=1", "teacher.expert_parallel=false"]
 
 
-def check(run: GpuRun, what: str) -> None:
-    """Every swap reached every engine: the probes agree within what bfloat16 explains."""
-    errors = [line["probe_error"] for line in run.lines]
-    print(f"{what}: probe errors {errors}, swaps of {[line['swap_ms'] for line in run.lines]} ms")
-    assert len(errors) == 4 and all(error < 0.25 for error in errors), errors
-
-
 @pytest.mark.gpus(3)
 def test_a_swap_over_nccl(tmp_path: Path) -> None:
     """One engine, one rank; the teacher is there for the held-out divergence alone."""
     run = train(tmp_path / "run", *TESTBED, *ONE_GPU_TEACHER, "loss.objective=grpo", "loop.samples_per_prompt=4")
-    check(run, "one engine and one rank over NCCL")
+    check_swaps(run, "one engine and one rank over NCCL")
 
 
 @pytest.mark.gpus(4)
 def test_a_teacher_of_two_gpus(tmp_path: Path) -> None:
     """Tensor and expert parallel, its preflight, and the student's swap beside it."""
     run = train(tmp_path / "run", *TESTBED, "run.preflight=log_probs")
-    check(run, "a teacher with tensor_parallel=2 and expert_parallel")
+    check_swaps(run, "a teacher with tensor_parallel=2 and expert_parallel")
 
 
 @pytest.mark.gpus(8)
@@ -42,4 +35,4 @@ def test_pools_and_sharded_weights(tmp_path: Path) -> None:
         tmp_path / "run", *TESTBED, *ONE_GPU_TEACHER, "teacher.replicas=2", "rollout.engines=2",
         "rollout.tensor_parallel=2", "learner.ranks=2", "learner.zero_stage=3",
     )  # fmt: skip
-    check(run, "two engines of two GPUs, ZeRO stage 3 on two ranks")
+    check_swaps(run, "two engines of two GPUs, ZeRO stage 3 on two ranks")

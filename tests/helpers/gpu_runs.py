@@ -131,3 +131,10 @@ def train(directory: Path, *overrides: str) -> GpuRun:
         subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return GpuRun(lines, json.loads((directory / "summary.json").read_text()), sampler.peaks, sampler.whole * 2**20)
+
+
+def check_swaps(run: GpuRun, what: str) -> None:
+    """Each of four swaps reached every engine: the probes agree within what two programs differ by in bfloat16."""
+    errors = [line["probe_error"] for line in run.lines]
+    print(f"{what}: probe errors {errors}, swaps of {[line['swap_ms'] for line in run.lines]} ms")
+    assert len(errors) == 4 and all(error < 0.25 for error in errors), errors
